@@ -1,0 +1,152 @@
+//! The host names of agents (vpn-protocol 7.3). Everything is lower case: look-ups compare that way.
+//!
+//! | Form | When |
+//! |---|---|
+//! | `agent.workspace.me.suffix.` | always |
+//! | `agent.workspace.user.suffix.` | always |
+//! | `workspace.suffix.` | only if it has exactly one agent |
+
+use std::collections::BTreeSet;
+
+/// Bytes of the longest name, without its trailing dot.
+const MAX_NAME: usize = 253;
+/// Bytes of the longest label.
+const MAX_LABEL: usize = 63;
+
+/// What stands for the user in the form that is the same for everybody.
+const ME: &str = "me";
+
+/// The first part of the name that programs look up to learn whether the tunnel's resolver answers them.
+pub const PROBE: &str = "is.coder--connect--enabled--right--now";
+
+/// The suffix of deployments too old to name theirs.
+pub const DEFAULT_SUFFIX: &str = "coder";
+
+/// Whether an agent is the only one of its workspace, and so may be called by the workspace's name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnlyAgent {
+    /// It is.
+    Yes,
+    /// There are others.
+    No,
+}
+
+/// Why an agent cannot have its names.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NameError {
+    /// The whole name is too long.
+    #[error("the name {0:?} is longer than {MAX_NAME} bytes")]
+    TooLong(String),
+    /// A part between dots is too long.
+    #[error("the label {label:?} of the name {name:?} is longer than {MAX_LABEL} bytes")]
+    LabelTooLong {
+        /// The name.
+        name: String,
+        /// The part.
+        label: String,
+    },
+    /// There is nothing between two dots.
+    #[error("the name {0:?} has an empty label")]
+    EmptyLabel(String),
+}
+
+/// All names of an agent with trailing dot, each once, shortest first: managers show the first.
+pub fn agent_names(
+    agent: &str,
+    workspace: &str,
+    username: &str,
+    suffix: &str,
+    only_agent: OnlyAgent,
+) -> Result<Vec<String>, NameError> {
+    let long = [ME, username].map(|user| format!("{agent}.{workspace}.{user}.{suffix}"));
+    let short = (only_agent == OnlyAgent::Yes).then(|| format!("{workspace}.{suffix}"));
+    let names = long.into_iter().chain(short).map(|name| host_name(&name));
+    // Ties are broken by the alphabet, so that the same names come in the same order every time.
+    let sorted: BTreeSet<(usize, String)> =
+        names.map(|name| name.map(|name| (name.len(), name))).collect::<Result<_, _>>()?;
+    Ok(sorted.into_iter().map(|(_, name)| name).collect())
+}
+
+/// The name of the probe under a suffix, with trailing dot.
+pub fn probe_name(suffix: &str) -> Result<String, NameError> {
+    host_name(&format!("{PROBE}.{suffix}"))
+}
+
+fn host_name(name: &str) -> Result<String, NameError> {
+    let name = name.to_lowercase();
+    if name.len() > MAX_NAME {
+        return Err(NameError::TooLong(name));
+    }
+    for label in name.split('.') {
+        if label.is_empty() {
+            return Err(NameError::EmptyLabel(name));
+        }
+        if label.len() > MAX_LABEL {
+            return Err(NameError::LabelTooLong { label: label.to_owned(), name: name.clone() });
+        }
+    }
+    Ok(name + ".")
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn names(agent: &str, workspace: &str, only: OnlyAgent) -> Result<Vec<String>, NameError> {
+        agent_names(agent, workspace, "Rootbeer", "Corp.Example.com", only)
+    }
+
+    #[test]
+    fn names_are_lower_case_and_the_shortest_comes_first() {
+        let all =
+            ["wrk.corp.example.com.", "agnt.wrk.me.corp.example.com.", "agnt.wrk.rootbeer.corp.example.com."];
+        assert_eq!(names("Agnt", "WRK", OnlyAgent::Yes).unwrap(), all);
+        assert_eq!(names("Agnt", "WRK", OnlyAgent::No).unwrap(), all[1..]);
+    }
+
+    #[test]
+    fn names_of_one_length_come_in_alphabetical_order_and_equal_ones_once() {
+        let ordered = agent_names("a", "w", "ab", "s", OnlyAgent::No).unwrap();
+        assert_eq!(ordered, ["a.w.ab.s.", "a.w.me.s."]);
+        let once = agent_names("a", "w", "me", "s", OnlyAgent::No).unwrap();
+        assert_eq!(once, ["a.w.me.s."]);
+    }
+
+    #[test]
+    fn labels_have_1_to_63_bytes() {
+        assert!(names(&"a".repeat(63), "w", OnlyAgent::Yes).is_ok());
+        assert!(matches!(names(&"a".repeat(64), "w", OnlyAgent::Yes), Err(NameError::LabelTooLong { .. })));
+        assert!(matches!(names("", "w", OnlyAgent::Yes), Err(NameError::EmptyLabel(_))));
+        assert!(matches!(names("a..b", "w", OnlyAgent::Yes), Err(NameError::EmptyLabel(_))));
+    }
+
+    #[test]
+    fn a_name_has_at_most_253_bytes_without_its_last_dot() {
+        let suffix = |length: usize| ["s".repeat(60).as_str(); 5].join(".")[..length].to_owned();
+        let fixed = "a.w.me.".len();
+        let longest = agent_names("a", "w", "me", &suffix(253 - fixed), OnlyAgent::No).unwrap();
+        assert_eq!(longest[0].len(), 254);
+        let too_long = agent_names("a", "w", "me", &suffix(254 - fixed), OnlyAgent::No);
+        assert!(matches!(too_long, Err(NameError::TooLong(_))));
+    }
+
+    #[test]
+    fn the_probe_stands_under_the_suffix() {
+        assert_eq!(probe_name(DEFAULT_SUFFIX).unwrap(), "is.coder--connect--enabled--right--now.coder.");
+    }
+
+    proptest! {
+        #[test]
+        fn any_names_are_refused_or_keep_to_the_rules(agent: String, workspace in "[a-zA-Z0-9.-]{0,70}", user in "[a-zA-Z]{0,70}") {
+            let Ok(all) = agent_names(&agent, &workspace, &user, DEFAULT_SUFFIX, OnlyAgent::Yes) else { return Ok(()) };
+            for name in &all {
+                let labels = name.strip_suffix('.').unwrap();
+                prop_assert!(labels.len() <= MAX_NAME && labels.ends_with(DEFAULT_SUFFIX));
+                prop_assert!(labels.split('.').all(|label| (1..=MAX_LABEL).contains(&label.len())));
+                prop_assert_eq!(host_name(labels), Ok(name.clone()), "lower case already");
+            }
+        }
+    }
+}
