@@ -1,0 +1,99 @@
+//! Logs to stderr: text for people, JSON for machines. Standard output belongs to data.
+
+use std::{fmt, io, str::FromStr};
+
+use tracing_subscriber::{EnvFilter, Layer, Registry, layer::SubscriberExt, util::SubscriberInitExt};
+
+/// How a log line looks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Format {
+    /// For people.
+    #[default]
+    Text,
+    /// One object a line.
+    Json,
+}
+
+impl FromStr for Format {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "text" => Ok(Self::Text),
+            "json" => Ok(Self::Json),
+            other => Err(format!("unknown log format {other:?}: use text or json")),
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        })
+    }
+}
+
+/// What is logged, and how.
+#[derive(Debug, Clone)]
+pub struct LogOptions {
+    /// How a line looks.
+    pub format: Format,
+    /// Directives such as `info` or `info,warren_actors::relay=debug`.
+    pub filter: String,
+}
+
+/// Why logging could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The filter does not parse.
+    #[error(
+        "log filter {filter:?} is not valid: {reason}. Use directives such as \"info\" or \"warren_actors=debug\""
+    )]
+    Filter {
+        /// What was given.
+        filter: String,
+        /// What the parser said.
+        reason: String,
+    },
+    /// Logging was set up before.
+    #[error("logging is already set up")]
+    AlreadySet,
+}
+
+/// A layer that someone else adds beside stderr, such as the log of a manager.
+pub type ExtraLayer = Box<dyn Layer<Registry> + Send + Sync>;
+
+/// Sends log lines to stderr, and to `extra` if there is one.
+pub fn init(options: &LogOptions, extra: Option<ExtraLayer>) -> Result<(), LogError> {
+    let filter = EnvFilter::try_new(&options.filter)
+        .map_err(|error| LogError::Filter { filter: options.filter.clone(), reason: error.to_string() })?;
+    let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(false);
+    let lines: ExtraLayer = match options.format {
+        Format::Text => lines.with_target(true).with_filter(filter).boxed(),
+        Format::Json => lines.json().flatten_event(true).with_filter(filter).boxed(),
+    };
+    let layers: Vec<ExtraLayer> = std::iter::once(lines).chain(extra).collect();
+    Registry::default().with(layers).try_init().map_err(|_| LogError::AlreadySet)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bad_filter_is_named_with_a_remedy() {
+        let options = LogOptions { format: Format::Text, filter: "a=b=c".into() };
+        let error = init(&options, None).unwrap_err().to_string();
+        assert!(error.contains("a=b=c") && error.contains("Use directives"), "{error}");
+    }
+
+    #[test]
+    fn formats_parse_back_from_their_names() {
+        for format in [Format::Text, Format::Json] {
+            assert_eq!(format.to_string().parse::<Format>().unwrap(), format);
+        }
+        assert!("xml".parse::<Format>().is_err());
+    }
+}
