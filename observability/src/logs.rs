@@ -2,7 +2,12 @@
 
 use std::{fmt, io, str::FromStr};
 
-use tracing_subscriber::{EnvFilter, Layer, Registry, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing_subscriber::{
+    EnvFilter, Layer, Registry,
+    filter::{FilterExt, dynamic_filter_fn},
+    layer::SubscriberExt,
+    util::SubscriberInitExt,
+};
 
 /// How a log line looks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -62,19 +67,29 @@ pub enum LogError {
     AlreadySet,
 }
 
-/// A layer that someone else adds beside stderr, such as the log of a manager.
+/// A layer beside stderr.
 pub type ExtraLayer = Box<dyn Layer<Registry> + Send + Sync>;
 
-/// Sends log lines to stderr, and to `extra` if there is one.
-pub fn init(options: &LogOptions, extra: Option<ExtraLayer>) -> Result<(), LogError> {
+/// Another reader of log lines than stderr, such as a manager.
+pub struct OtherReader {
+    /// What takes the lines there.
+    pub layer: ExtraLayer,
+    /// Whether lines of this target go there at the moment, and so not to stderr.
+    pub takes: Box<dyn Fn(&str) -> bool + Send + Sync>,
+}
+
+/// Sends log lines to stderr, or to `other` while it takes them.
+pub fn init(options: &LogOptions, other: Option<OtherReader>) -> Result<(), LogError> {
     let filter = EnvFilter::try_new(&options.filter)
         .map_err(|error| LogError::Filter { filter: options.filter.clone(), reason: error.to_string() })?;
+    let (other, takes) = other.map(|other| (other.layer, other.takes)).unzip();
+    let stays = dynamic_filter_fn(move |line, _| !takes.as_ref().is_some_and(|takes| takes(line.target())));
     let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(false);
     let lines: ExtraLayer = match options.format {
-        Format::Text => lines.with_target(true).with_filter(filter).boxed(),
-        Format::Json => lines.json().flatten_event(true).with_filter(filter).boxed(),
+        Format::Text => lines.with_target(true).with_filter(filter.and(stays)).boxed(),
+        Format::Json => lines.json().flatten_event(true).with_filter(filter.and(stays)).boxed(),
     };
-    let layers: Vec<ExtraLayer> = std::iter::once(lines).chain(extra).collect();
+    let layers: Vec<ExtraLayer> = std::iter::once(lines).chain(other).collect();
     Registry::default().with(layers).try_init().map_err(|_| LogError::AlreadySet)
 }
 

@@ -1,0 +1,11 @@
+//! The rules of warren's parts. Plain structs; `now` comes in, effects come out. No tokio, no ractor,
+//! no clock and no randomness of its own; every file can be read alone.
+
+pub mod backoff;
+pub mod budget;
+pub mod coordination;
+pub mod home;
+pub mod own_node;
+pub mod ping;
+pub mod relay_map;
+pub mod roster;

@@ -1,0 +1,98 @@
+//! What a manager is sent: the whole table, or the difference to what it has seen (vpn-protocol 7.4).
+//! Deletes and upserts never name the same id, no id comes twice, and the order is that of the ids.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, SystemTime},
+};
+
+use bytes::Bytes;
+use uuid::Uuid;
+use warren_proto::vpn;
+
+use super::{AgentEntry, PingReport, Snapshot, WorkspaceEntry};
+
+/// The message that leads from `old` to `new`, or `None` if nothing differs.
+pub fn difference(old: &Snapshot, new: &Snapshot) -> Option<vpn::PeerUpdate> {
+    let update = vpn::PeerUpdate {
+        upserted_workspaces: changed(&old.workspaces, &new.workspaces).map(workspace).collect(),
+        upserted_agents: changed(&old.agents, &new.agents).map(agent).collect(),
+        deleted_workspaces: vanished(&old.workspaces, &new.workspaces).map(workspace).collect(),
+        deleted_agents: vanished(&old.agents, &new.agents).map(deleted_agent).collect(),
+    };
+    Some(update).filter(|update| *update != vpn::PeerUpdate::default())
+}
+
+/// The message that tells everything, whatever was seen before: upserts only.
+pub fn complete(snapshot: &Snapshot) -> vpn::PeerUpdate {
+    vpn::PeerUpdate {
+        upserted_workspaces: snapshot.workspaces.iter().map(workspace).collect(),
+        upserted_agents: snapshot.agents.iter().map(agent).collect(),
+        ..vpn::PeerUpdate::default()
+    }
+}
+
+type Table<T> = BTreeMap<Uuid, T>;
+
+fn changed<'a, T: PartialEq>(
+    old: &'a Table<T>,
+    new: &'a Table<T>,
+) -> impl Iterator<Item = (&'a Uuid, &'a T)> {
+    new.iter().filter(|(id, entry)| old.get(*id) != Some(*entry))
+}
+
+fn vanished<'a, T>(old: &'a Table<T>, new: &'a Table<T>) -> impl Iterator<Item = (&'a Uuid, &'a T)> {
+    old.iter().filter(|(id, _)| !new.contains_key(*id))
+}
+
+fn workspace((id, entry): (&Uuid, &WorkspaceEntry)) -> vpn::Workspace {
+    vpn::Workspace { id: raw(id), name: entry.name.clone(), status: entry.status }
+}
+
+fn agent((id, entry): (&Uuid, &AgentEntry)) -> vpn::Agent {
+    vpn::Agent {
+        last_handshake: entry.last_handshake.and_then(timestamp),
+        last_ping: entry.last_ping.as_ref().map(last_ping),
+        ..deleted_agent((id, entry))
+    }
+}
+
+fn deleted_agent((id, entry): (&Uuid, &AgentEntry)) -> vpn::Agent {
+    vpn::Agent {
+        id: raw(id),
+        name: entry.name.clone(),
+        workspace_id: raw(&entry.workspace_id),
+        fqdn: entry.fqdn.clone(),
+        ip_addrs: entry.addresses.iter().map(ToString::to_string).collect(),
+        last_handshake: None,
+        last_ping: None,
+    }
+}
+
+fn last_ping(report: &PingReport) -> vpn::LastPing {
+    vpn::LastPing {
+        latency: Some(duration(report.latency)),
+        did_p2p: report.direct,
+        preferred_derp: report.region_name.clone(),
+        preferred_derp_latency: report.region_latency.map(duration),
+    }
+}
+
+fn raw(id: &Uuid) -> Bytes {
+    Bytes::copy_from_slice(id.as_bytes())
+}
+
+/// Unset for a time at or before 1970: managers would read it as a real handshake of that day.
+fn timestamp(time: SystemTime) -> Option<prost_types::Timestamp> {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).ok().filter(|since| !since.is_zero())?;
+    let seconds = i64::try_from(since.as_secs()).ok()?;
+    Some(prost_types::Timestamp { seconds, nanos: nanos(since) })
+}
+
+fn duration(span: Duration) -> prost_types::Duration {
+    prost_types::Duration { seconds: i64::try_from(span.as_secs()).unwrap_or(i64::MAX), nanos: nanos(span) }
+}
+
+fn nanos(span: Duration) -> i32 {
+    i32::try_from(span.subsec_nanos()).unwrap_or(i32::MAX)
+}
