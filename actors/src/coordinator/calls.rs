@@ -1,0 +1,211 @@
+//! The calls of one control connection (tailnet-control 4 and 7 to 9). Each is a future of its own, and all are
+//! polled by the connection's task at all times: what one has to say never keeps another from reading.
+
+use std::{
+    convert::Infallible,
+    time::{Duration, SystemTime},
+};
+
+use bytes::Bytes;
+use tokio::{
+    sync::Notify,
+    time::{sleep, sleep_until, timeout_at},
+};
+use uuid::Uuid;
+use warren_core::{
+    own_node::{OwnIdentity, OwnNode},
+    relay_map::RelayMap,
+    roster::Update,
+};
+use warren_proto::tailnet::{
+    CoordinateRequest, CoordinateResponse, DerpMap, RefreshResumeTokenRequest, StreamDerpMapsRequest,
+    WorkspaceUpdate, WorkspaceUpdatesRequest, coordinate_request::Disconnect,
+};
+
+use super::{
+    Shared,
+    error::ControlError,
+    memory::ResumeToken,
+    peers::now,
+    rpc::{Answers, CallError, Method, Requests, Rpc},
+};
+use crate::facts::Identity;
+
+/// For the first relay map and the first list of workspaces, from the opening of the connection: a
+/// deployment sends both at once.
+const FIRST_ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// For the answer to a request for a resume token.
+const UNARY_LIMIT: Duration = Duration::from_secs(10);
+/// Of a deployment's error text this much is told.
+const MAX_SAID: usize = 1024;
+
+/// The calls of one connection.
+pub(super) struct Calls<'a> {
+    shared: &'a Shared,
+    rpc: Rpc,
+    owner: Uuid,
+    first_map: Notify,
+    first_snapshot: Notify,
+}
+
+type Ended = Result<Infallible, ControlError>;
+
+impl<'a> Calls<'a> {
+    /// Calls to be made over `rpc`, for the workspaces of `owner`.
+    pub(super) fn new(shared: &'a Shared, rpc: Rpc, owner: Uuid) -> Self {
+        Self { shared, rpc, owner, first_map: Notify::new(), first_snapshot: Notify::new() }
+    }
+
+    /// Makes all calls, until one ends without which the others are worth nothing. `proven` runs beside them
+    /// once the connection has proved useful.
+    pub(super) async fn run(&self, proven: impl AsyncFnOnce()) -> Ended {
+        tokio::select! {
+            biased;
+            ended = self.coordinate() => ended,
+            ended = self.relay_maps() => ended,
+            ended = self.workspace_updates() => ended,
+            ended = self.prove(proven) => ended,
+            ended = self.resume_tokens() => match ended {},
+        }
+    }
+
+    async fn prove(&self, proven: impl AsyncFnOnce()) -> Ended {
+        let deadline = tokio::time::Instant::now() + FIRST_ANSWER_LIMIT;
+        for (first, owed) in [(&self.first_map, "relay map"), (&self.first_snapshot, "list of workspaces")] {
+            let silent = |_| ControlError::Silent { owed, limit: FIRST_ANSWER_LIMIT };
+            timeout_at(deadline, first.notified()).await.map_err(silent)?;
+        }
+        proven().await;
+        std::future::pending().await
+    }
+
+    async fn coordinate(&self) -> Ended {
+        let opened = self.rpc.bidirectional(Method::Coordinate).await;
+        let (mut requests, mut answers) = opened.map_err(failed(Method::Coordinate))?;
+        self.shared.peers.connected();
+        let ended = tokio::select! {
+            biased;
+            ended = self.hear_of_peers(&mut answers) => ended,
+            ended = self.tell(&mut requests) => ended,
+        };
+        if self.shared.stop.is_cancelled() {
+            requests.close().await;
+        }
+        ended
+    }
+
+    async fn hear_of_peers(&self, answers: &mut Answers<CoordinateResponse>) -> Ended {
+        let mut said = None;
+        while let Some(response) = answers.next().await.map_err(failed(Method::Coordinate))? {
+            self.shared.note_update();
+            if let Some(error) = self.shared.peers.handle_response(&response) {
+                let error = printable(&error);
+                tracing::warn!(error, "the deployment reports an error about peers");
+                said = Some(error);
+            }
+        }
+        Err(ControlError::Ended { call: Method::Coordinate.name(), said })
+    }
+
+    /// Sends what there is to say, and last that we leave; then the deployment ends the call.
+    async fn tell(&self, requests: &mut Requests<CoordinateRequest>) -> Ended {
+        let Shared { net, peers, stop, .. } = self.shared;
+        let (mut home, mut latencies) = (net.home.view(), net.latencies.view());
+        let mut own_node = OwnNode::new(own_identity(&net.identity));
+        own_node.connected();
+        while !stop.is_cancelled() {
+            own_node.set_home(*home.get());
+            own_node.set_latencies(latencies.get().as_ref().clone());
+            let mut batch = peers.take_outgoing()?;
+            batch.extend(own_node.poll_update(now(), SystemTime::now()));
+            if !batch.is_empty() {
+                requests.send(&batch).await.map_err(failed(Method::Coordinate))?;
+            }
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = peers.to_send.notified() => {}
+                _ = home.changed() => {}
+                _ = latencies.changed() => {}
+                () = until(own_node.poll_timeout(now())) => {}
+            }
+        }
+        let farewell = CoordinateRequest { disconnect: Some(Disconnect {}), ..CoordinateRequest::default() };
+        requests.send(&[farewell]).await.map_err(failed(Method::Coordinate))?;
+        std::future::pending().await
+    }
+
+    async fn relay_maps(&self) -> Ended {
+        const METHOD: Method = Method::StreamDerpMaps;
+        let opened = self.rpc.server_stream::<_, DerpMap>(METHOD, &StreamDerpMapsRequest {}).await;
+        let (_requests, mut answers) = opened.map_err(failed(METHOD))?;
+        while let Some(map) = answers.next().await.map_err(failed(METHOD))? {
+            self.shared.note_update();
+            self.shared.take_relay_map(RelayMap::from_proto(&map));
+            self.first_map.notify_one();
+        }
+        Err(ControlError::Ended { call: METHOD.name(), said: None })
+    }
+
+    async fn workspace_updates(&self) -> Ended {
+        const METHOD: Method = Method::WorkspaceUpdates;
+        let request =
+            WorkspaceUpdatesRequest { workspace_owner_id: Bytes::copy_from_slice(self.owner.as_bytes()) };
+        let opened = self.rpc.server_stream::<_, WorkspaceUpdate>(METHOD, &request).await;
+        let (_requests, mut answers) = opened.map_err(failed(METHOD))?;
+        let mut update = Update::Snapshot;
+        while let Some(message) = answers.next().await.map_err(failed(METHOD))? {
+            self.shared.note_update();
+            self.shared.take_workspaces(&message, update)?;
+            self.first_snapshot.notify_one();
+            update = Update::Diff;
+        }
+        Err(ControlError::Ended { call: METHOD.name(), said: None })
+    }
+
+    /// Keeps the newest resume token in memory. A failure costs us the token on a reconnect, nothing else.
+    async fn resume_tokens(&self) -> Infallible {
+        const METHOD: Method = Method::RefreshResumeToken;
+        loop {
+            match self.rpc.unary(METHOD, &RefreshResumeTokenRequest {}, UNARY_LIMIT).await {
+                Ok(response) => {
+                    let (token, refresh_in) = ResumeToken::of(response);
+                    self.shared.memory.lock().resume = token;
+                    sleep(refresh_in).await;
+                }
+                Err(CallError::Unimplemented) => {
+                    tracing::debug!("the deployment has no resume tokens");
+                    return std::future::pending().await;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "no resume token for this connection");
+                    return std::future::pending().await;
+                }
+            }
+        }
+    }
+}
+
+fn own_identity(identity: &Identity) -> OwnIdentity {
+    OwnIdentity {
+        node_id: identity.node_id,
+        node_key: identity.node.public(),
+        disco_key: identity.disco.public(),
+        address: identity.address,
+    }
+}
+
+fn failed(method: Method) -> impl Fn(CallError) -> ControlError {
+    move |source| ControlError::Call { call: method.name(), source }
+}
+
+async fn until(due: Option<std::time::Instant>) {
+    match due {
+        Some(due) => sleep_until(due.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// What may be shown: a server must not write to people's terminals.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_SAID).collect()
+}

@@ -1,0 +1,451 @@
+//! What outlives every actor: the TUN device, the relay links, the WireGuard sessions, and their tasks, all
+//! on one thread of their own.
+//!
+//! ```text
+//!  TUN ──► outbound ──► peer's engine ──► relay link ──► relay
+//!  TUN ◄── inbound  ◄── peer's engine ◄── relay link ◄── relay
+//!                └────► disco: pings answered, pongs to [`Events`]
+//! ```
+//!
+//! [`DataPlane`] is a handle that the composition lends to the parts. Packet I/O writes peers and the TUN,
+//! the relay writes links; whoever restarts reads what stands ([`DataPlane::links`]) and reconciles. A task
+//! that panics is started again and leaves the others alone.
+
+use std::{
+    any::Any,
+    collections::BTreeMap,
+    future::Future,
+    io,
+    net::Ipv6Addr,
+    panic::AssertUnwindSafe,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU16, Ordering},
+    },
+    time::{Duration, Instant, SystemTime},
+};
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use futures::FutureExt;
+use tokio::runtime::Handle;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use warren_core::{coordination::NetworkMap, relay_map::RegionId};
+use warren_proto::key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic};
+
+use crate::{
+    dial::Dialer,
+    packet_io::tun::Tun,
+    relay::link::{self, Link},
+    wireguard::{self, Engines, LEAST_ROOM, Sealed, Ticked},
+};
+
+mod counters;
+mod disco;
+pub(crate) mod inbound;
+mod inner;
+mod outbound;
+mod peers;
+#[cfg(test)]
+mod tests;
+
+pub use crate::relay::link::{LinkInfo, LinkTarget};
+pub use warren_proto::disco::TxId;
+
+use counters::Counters;
+use peers::{Peer, Peers};
+
+/// How long [`DataPlane::stop`] waits for the thread.
+const STOP_LIMIT: Duration = Duration::from_secs(2);
+/// The pause before a task that panicked goes on.
+const RESTART_PAUSE: Duration = Duration::from_millis(100);
+/// Peers whose handshake is started before other tasks get their turn: one costs about 0.1 ms.
+const WARM_UP_BATCH: usize = 16;
+
+/// What a data plane is started with.
+pub struct DataPlaneConfig {
+    /// WireGuard key, and name at relays.
+    pub node: NodePrivate,
+    /// Path discovery key.
+    pub disco: DiscoPrivate,
+    /// Our own inner address.
+    pub address: Ipv6Addr,
+    /// How relays are dialled.
+    pub dialer: Arc<Dialer>,
+    /// Who hears what happens.
+    pub events: Arc<dyn Events>,
+}
+
+/// Who hears what happens. Called on the data plane's thread: implementations only hand over.
+pub trait Events: Send + Sync {
+    /// A pong arrived.
+    fn pong(&self, pong: Pong);
+    /// A link became something else; [`DataPlane::links`] tells what.
+    fn link_changed(&self, region: RegionId, change: LinkChange);
+    /// A handshake with a peer was completed.
+    fn handshake(&self, peer: NodePublic);
+}
+
+/// An answer to one of our pings, from a peer that holds its keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pong {
+    /// Who answered.
+    pub peer: NodePublic,
+    /// The number of the ping.
+    pub txid: TxId,
+    /// The relay region it came through; `None` for a direct path.
+    pub region: Option<RegionId>,
+    /// When it arrived.
+    pub received_at: Instant,
+}
+
+/// What became of a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LinkChange {
+    /// It is being dialled.
+    Dialing,
+    /// It is up.
+    Up,
+    /// It is down, and tried again after a pause.
+    Down,
+    /// It is gone.
+    Closed,
+}
+
+/// What there is to say about a peer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PeerStats {
+    /// When the last handshake was completed.
+    pub last_handshake: Option<SystemTime>,
+    /// Bytes of inner packets from it.
+    pub received_bytes: u64,
+    /// Bytes of inner packets to it.
+    pub sent_bytes: u64,
+}
+
+/// Why a ping was not sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PingUnsent {
+    /// No peer with this key is programmed.
+    #[error("no such peer is programmed")]
+    UnknownPeer,
+    /// There is no link to where the peer listens.
+    #[error("there is no link to the peer's relay region")]
+    NoLink,
+    /// The link's queue is full.
+    #[error("the link's queue is full")]
+    QueueFull,
+}
+
+/// The handle of a running data plane. The data plane stops with [`DataPlane::stop`] or the last handle.
+#[derive(Clone)]
+pub struct DataPlane {
+    plane: Arc<Plane>,
+    runtime: Handle,
+    stopped: CancellationToken,
+    _guard: Arc<DropGuard>,
+}
+
+impl DataPlane {
+    /// Starts the thread. Metrics go to the recorder that is installed by now.
+    pub fn start(config: DataPlaneConfig) -> io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let handle = runtime.handle().clone();
+        let (stop, stopped) = (CancellationToken::new(), CancellationToken::new());
+        let plane = Arc::new(Plane::new(config, stop.clone()));
+        let (timed, ended) = (Arc::clone(&plane), stopped.clone().drop_guard());
+        std::thread::Builder::new().name("data-plane".to_owned()).spawn(move || {
+            let _ended = ended;
+            let stop = timed.stop.clone();
+            runtime.spawn(endure("timers", move || keep_time(Arc::clone(&timed))));
+            runtime.block_on(stop.cancelled());
+            runtime.shutdown_background();
+        })?;
+        Ok(Self { plane, runtime: handle, stopped, _guard: Arc::new(stop.drop_guard()) })
+    }
+
+    /// The runtime of the data plane's thread. Nothing else should run there.
+    pub fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+
+    /// How relays are dialled.
+    pub fn dialer(&self) -> &Arc<Dialer> {
+        &self.plane.dialer
+    }
+
+    /// Makes the programmed peers equal to `map`; sessions stay unless a key changed. Peers to be kept
+    /// warm get a handshake at once. Costs about 0.1 ms for each new peer: call it where that may block.
+    pub fn set_peers(&self, map: &NetworkMap) {
+        let cold = self.plane.peers.set(map, &self.plane.engines, Instant::now());
+        self.warm_up(cold);
+    }
+
+    /// What there is to say about each peer.
+    pub fn stats(&self) -> BTreeMap<NodePublic, PeerStats> {
+        self.plane.peers.all().iter().map(|peer| (peer.key, peer.stats())).collect()
+    }
+
+    /// Reads and writes packets at `tun` from now on, instead of the device before it.
+    pub fn attach_tun(&self, tun: Tun) {
+        let tun = Arc::new(tun);
+        self.plane.tun.store(Some(Arc::clone(&tun)));
+        let token = self.plane.stop.child_token();
+        let plane = Arc::clone(&self.plane);
+        let work = endure("tun", move || outbound::serve(Arc::clone(&plane), Arc::clone(&tun)));
+        self.runtime.spawn(token.clone().run_until_cancelled_owned(work));
+        *lock(&self.plane.tun_task) = Some(token.drop_guard());
+    }
+
+    /// Lets go of the device.
+    pub fn detach_tun(&self) {
+        self.plane.tun.store(None);
+        *lock(&self.plane.tun_task) = None;
+    }
+
+    /// Whether a device is attached.
+    pub fn has_tun(&self) -> bool {
+        self.plane.tun.load().is_some()
+    }
+
+    /// How each link stands.
+    pub fn links(&self) -> BTreeMap<RegionId, LinkInfo> {
+        self.plane.links.load().iter().map(|(region, link)| (*region, link.info())).collect()
+    }
+
+    /// Makes sure that there is a link as described; one that is described otherwise is replaced. A link
+    /// dials again by itself until it is closed.
+    pub fn ensure_link(&self, target: LinkTarget) {
+        let _writer = lock(&self.plane.links_writer);
+        let region = target.region;
+        let present = self.plane.links.load().get(&region).cloned();
+        match present {
+            Some(link) if link.is_like(&target) => return,
+            Some(link) => link.close(),
+            None => {}
+        }
+        let link = Arc::new(Link::new(target, self.plane.stop.child_token()));
+        link.prefer(self.plane.home.load(Ordering::Relaxed) == region.0);
+        let (plane, served) = (Arc::clone(&self.plane), Arc::clone(&link));
+        self.runtime.spawn(link.token().run_until_cancelled_owned(endure("relay link", move || {
+            link::serve(Arc::clone(&plane), Arc::clone(&served))
+        })));
+        self.plane.change_links(|links| drop(links.insert(region, Arc::clone(&link))));
+    }
+
+    /// Closes the link to a region, if there is one.
+    pub fn close_link(&self, region: RegionId) {
+        let _writer = lock(&self.plane.links_writer);
+        if let Some(link) = self.plane.links.load().get(&region) {
+            link.close();
+        }
+        self.plane.change_links(|links| drop(links.remove(&region)));
+        self.plane.forget_routes(region);
+        self.plane.events.link_changed(region, LinkChange::Closed);
+    }
+
+    /// Tells every relay whether it is our home.
+    pub fn prefer_link(&self, home: RegionId) {
+        self.plane.home.store(home.0, Ordering::Relaxed);
+        for (region, link) in self.plane.links.load().iter() {
+            link.prefer(*region == home);
+        }
+    }
+
+    /// Asks every link at once whether it is alive; one that does not answer is dialled again.
+    pub fn probe_links(&self) {
+        self.plane.links.load().values().for_each(|link| link.probe());
+    }
+
+    /// Sends a ping to a peer through its relay region. The answer goes to [`Events::pong`].
+    pub fn send_ping(&self, peer: NodePublic, txid: TxId) -> Result<(), PingUnsent> {
+        let peer = self.plane.peers.by_key(&peer).ok_or(PingUnsent::UnknownPeer)?;
+        let link = self.plane.edge(&peer).ok_or(PingUnsent::NoLink)?;
+        let ping = disco::ping(&self.plane, &peer, txid);
+        link.send(&peer.key, &ping).map_err(|_| PingUnsent::QueueFull)
+    }
+
+    /// Ends every task, closes links and device, and waits until that is done.
+    pub async fn stop(&self) {
+        self.plane.stop.cancel();
+        let _ = tokio::time::timeout(STOP_LIMIT, self.stopped.cancelled()).await;
+        self.detach_tun();
+        self.plane.links.store(Arc::default());
+    }
+
+    fn warm_up(&self, peers: Vec<Arc<Peer>>) {
+        if !peers.is_empty() {
+            self.runtime.spawn(warm_up(Arc::clone(&self.plane), peers));
+        }
+    }
+}
+
+type Links = BTreeMap<RegionId, Arc<Link>>;
+
+/// What the tasks share.
+pub(crate) struct Plane {
+    pub(crate) node: NodePrivate,
+    pub(crate) node_public: NodePublic,
+    disco: DiscoPrivate,
+    disco_public: DiscoPublic,
+    address: Ipv6Addr,
+    pub(crate) dialer: Arc<Dialer>,
+    pub(crate) events: Arc<dyn Events>,
+    engines: Engines,
+    pub(crate) peers: Peers,
+    links: ArcSwap<Links>,
+    links_writer: Mutex<()>,
+    /// Our home region; 0 for none.
+    home: AtomicU16,
+    tun: ArcSwapOption<Tun>,
+    tun_task: Mutex<Option<DropGuard>>,
+    counters: Counters,
+    stop: CancellationToken,
+}
+
+impl Plane {
+    fn new(config: DataPlaneConfig, stop: CancellationToken) -> Self {
+        Self {
+            node_public: config.node.public(),
+            disco_public: config.disco.public(),
+            engines: Engines::new(&config.node),
+            node: config.node,
+            disco: config.disco,
+            address: config.address,
+            dialer: config.dialer,
+            events: config.events,
+            peers: Peers::new(),
+            links: ArcSwap::default(),
+            links_writer: Mutex::new(()),
+            home: AtomicU16::new(0),
+            tun: ArcSwapOption::empty(),
+            tun_task: Mutex::new(None),
+            counters: Counters::new(),
+            stop,
+        }
+    }
+
+    /// The link for packets to a peer (tailnet-data 4): its home region's if that is up, else that of the
+    /// region it was heard from, else its home region's, which is being dialled.
+    fn edge(&self, peer: &Peer) -> Option<Arc<Link>> {
+        let links = self.links.load();
+        let home = links.get(&peer.settings().home);
+        if let Some(home) = home.filter(|home| home.is_up()) {
+            return Some(Arc::clone(home));
+        }
+        let learned = peer.learned_region().and_then(|region| links.get(&region)).filter(|link| link.is_up());
+        learned.or(home).cloned()
+    }
+
+    /// A link has logged in: handshakes that were lost while it was down are started again.
+    pub(crate) fn link_up(self: &Arc<Self>, link: &Link) {
+        let lost_some = link.take_lost();
+        let is_cold = |peer: &Arc<Peer>| {
+            let settings = peer.settings();
+            let is_there = settings.home == link.region() && settings.keepalive == wireguard::Keepalive::On;
+            is_there && (peer.take_cold() || lost_some) && !peer.engine().has_session()
+        };
+        let cold: Vec<Arc<Peer>> = self.peers.all().into_iter().filter(is_cold).collect();
+        if !cold.is_empty() {
+            tokio::spawn(warm_up(Arc::clone(self), cold));
+        }
+    }
+
+    /// Nobody is to be reached over what was heard through this region.
+    pub(crate) fn forget_routes(&self, region: RegionId) {
+        self.peers.all().iter().for_each(|peer| peer.forget_region(region));
+    }
+
+    /// Starts a handshake with a peer, or sends a keepalive where there is a session.
+    fn warm(&self, peer: &Peer) {
+        let mut out = [0; LEAST_ROOM];
+        let now = Instant::now();
+        let message = {
+            let mut engine = peer.engine();
+            engine.initiate(now, &mut out).or_else(|| match engine.seal(now, &[], &mut out) {
+                Sealed::Data(len) | Sealed::Handshake(len) => Some(len),
+                Sealed::Waiting | Sealed::Refused => None,
+            })
+        };
+        if let Some(message) = message.and_then(|len| out.get(..len))
+            && !self.send(peer, message)
+        {
+            peer.set_cold();
+        }
+    }
+
+    /// Sends what an engine made of itself. Returns whether it is on its way.
+    fn send(&self, peer: &Peer, message: &[u8]) -> bool {
+        self.edge(peer).is_some_and(|link| link.send(&peer.key, message).is_ok())
+    }
+
+    fn tick(&self, now: Instant) {
+        let mut out = [0; LEAST_ROOM];
+        for peer in self.peers.all() {
+            let ticked = peer.engine().tick(now, &mut out);
+            match ticked {
+                Ticked::Nothing => {}
+                Ticked::Send(len) => drop(out.get(..len).map(|message| self.send(&peer, message))),
+                Ticked::GaveUp => self.counters.handshakes_given_up.increment(1),
+            }
+        }
+    }
+
+    /// A device failed: it is not written to any more, and another may be attached.
+    fn lose_tun(&self, lost: &Arc<Tun>) {
+        let present = self.tun.load();
+        if present.as_ref().is_some_and(|present| Arc::ptr_eq(present, lost)) {
+            self.tun.compare_and_swap(&*present, None);
+        }
+    }
+
+    fn change_links(&self, change: impl Fn(&mut Links)) {
+        self.links.rcu(|links| {
+            let mut links = Links::clone(links);
+            change(&mut links);
+            links
+        });
+    }
+}
+
+async fn warm_up(plane: Arc<Plane>, peers: Vec<Arc<Peer>>) {
+    for batch in peers.chunks(WARM_UP_BATCH) {
+        batch.iter().for_each(|peer| plane.warm(peer));
+        tokio::task::yield_now().await;
+    }
+}
+
+async fn keep_time(plane: Arc<Plane>) {
+    let mut ticks = tokio::time::interval(wireguard::TICK);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut guard_reset = Instant::now();
+    loop {
+        ticks.tick().await;
+        let now = Instant::now();
+        if now.saturating_duration_since(guard_reset) >= wireguard::GUARD_RESET {
+            guard_reset = now;
+            plane.engines.reset_guard();
+        }
+        plane.tick(now);
+    }
+}
+
+/// Runs a task of the data plane; one that panics begins again.
+async fn endure<W: Future<Output = ()>>(name: &'static str, work: impl Fn() -> W) {
+    while let Err(panic) = AssertUnwindSafe(work()).catch_unwind().await {
+        tracing::error!(
+            task = name,
+            panic = panic_text(&*panic),
+            "a data plane task panicked and begins again"
+        );
+        tokio::time::sleep(RESTART_PAUSE).await;
+    }
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a text")
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,363 @@
+//! The peers of the data plane: one engine each behind one lock, and the tables that find them.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::Ipv6Addr,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use arc_swap::ArcSwap;
+use dashmap::DashMap;
+use warren_core::{coordination, relay_map::RegionId};
+use warren_proto::key::{BoxShared, DiscoPrivate, DiscoPublic, NodePublic};
+
+use super::{PeerStats, TxId, counters::Amount};
+use crate::wireguard::{Engine, Engines, Keepalive};
+
+/// The peers by address: what a packet from the TUN asks.
+pub(crate) type Routes = HashMap<Ipv6Addr, Arc<Peer>>;
+
+/// One peer. Its engine lives as long as both of its keys stay.
+pub(crate) struct Peer {
+    /// Its WireGuard key and name at relays.
+    pub(crate) key: NodePublic,
+    /// Its disco key.
+    pub(crate) disco_key: DiscoPublic,
+    index: u32,
+    engine: Mutex<Box<dyn Engine>>,
+    settings: ArcSwap<Settings>,
+    disco: OnceLock<BoxShared>,
+    /// The region it was heard from last; 0 for none.
+    learned: AtomicU16,
+    /// A handshake could not be sent; to be started when there is a link.
+    cold: AtomicBool,
+    received_bytes: AtomicU64,
+    sent_bytes: AtomicU64,
+    last_ping: Mutex<Option<(RegionId, TxId)>>,
+}
+
+/// What may change while the sessions stay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Settings {
+    /// Where it listens.
+    pub(crate) home: RegionId,
+    /// The addresses that are its own.
+    pub(crate) addresses: Vec<Ipv6Addr>,
+    /// Whether its tunnel is kept warm.
+    pub(crate) keepalive: Keepalive,
+}
+
+impl Peer {
+    fn new(peer: &coordination::Peer, index: u32, mut engine: Box<dyn Engine>) -> Self {
+        let settings = Settings::of(peer);
+        engine.set_keepalive(settings.keepalive);
+        Self {
+            key: peer.node_key,
+            disco_key: peer.disco_key,
+            index,
+            engine: Mutex::new(engine),
+            settings: ArcSwap::from_pointee(settings),
+            disco: OnceLock::new(),
+            learned: AtomicU16::new(0),
+            cold: AtomicBool::new(false),
+            received_bytes: AtomicU64::new(0),
+            sent_bytes: AtomicU64::new(0),
+            last_ping: Mutex::new(None),
+        }
+    }
+
+    /// The engine; never held across an await or a system call.
+    pub(crate) fn engine(&self) -> MutexGuard<'_, Box<dyn Engine>> {
+        self.engine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where it listens, what is its own.
+    pub(crate) fn settings(&self) -> arc_swap::Guard<Arc<Settings>> {
+        self.settings.load()
+    }
+
+    /// The boxes between our disco key and its own; made when first needed, since they cost 0.1 ms.
+    pub(crate) fn disco(&self, own: &DiscoPrivate) -> &BoxShared {
+        self.disco.get_or_init(|| own.shared(&self.disco_key))
+    }
+
+    /// The region it was heard from last.
+    pub(crate) fn learned_region(&self) -> Option<RegionId> {
+        RegionId::new(i64::from(self.learned.load(Ordering::Relaxed)))
+    }
+
+    /// Remembers where it was heard from.
+    pub(crate) fn learn_region(&self, region: RegionId) {
+        self.learned.store(region.0, Ordering::Relaxed);
+    }
+
+    /// Forgets that it was heard from `region`.
+    pub(crate) fn forget_region(&self, region: RegionId) {
+        let _ = self.learned.compare_exchange(region.0, 0, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// Remembers that its handshake could not be sent.
+    pub(crate) fn set_cold(&self) {
+        self.cold.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether its handshake could not be sent; only once.
+    pub(crate) fn take_cold(&self) -> bool {
+        self.cold.swap(false, Ordering::Relaxed)
+    }
+
+    /// Counts traffic for the statistics.
+    pub(crate) fn count(&self, received: Amount, sent: Amount) {
+        if received.bytes > 0 {
+            self.received_bytes.fetch_add(received.bytes, Ordering::Relaxed);
+        }
+        if sent.bytes > 0 {
+            self.sent_bytes.fetch_add(sent.bytes, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether a ping was not answered yet; the same one may arrive twice.
+    pub(crate) fn is_new_ping(&self, region: RegionId, txid: TxId) -> bool {
+        let mut last = self.last_ping.lock().unwrap_or_else(PoisonError::into_inner);
+        last.replace((region, txid)) != Some((region, txid))
+    }
+
+    /// What there is to say about it.
+    pub(crate) fn stats(&self) -> PeerStats {
+        PeerStats {
+            last_handshake: self.engine().last_handshake(),
+            received_bytes: self.received_bytes.load(Ordering::Relaxed),
+            sent_bytes: self.sent_bytes.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl Settings {
+    fn of(peer: &coordination::Peer) -> Self {
+        let keepalive = if peer.keepalive { Keepalive::On } else { Keepalive::Off };
+        Self { home: peer.home, addresses: peer.addresses.clone(), keepalive }
+    }
+}
+
+/// The tables. One writer (packet I/O, through [`Peers::set`]), readers on any thread.
+pub(crate) struct Peers {
+    by_key: DashMap<NodePublic, Arc<Peer>>,
+    by_index: DashMap<u32, Arc<Peer>>,
+    routes: ArcSwap<Routes>,
+    writer: Mutex<()>,
+}
+
+impl Peers {
+    /// Nobody.
+    pub(crate) fn new() -> Self {
+        Self {
+            by_key: DashMap::new(),
+            by_index: DashMap::new(),
+            routes: ArcSwap::from_pointee(Routes::new()),
+            writer: Mutex::new(()),
+        }
+    }
+
+    /// The peer with this key.
+    pub(crate) fn by_key(&self, key: &NodePublic) -> Option<Arc<Peer>> {
+        self.by_key.get(key).map(|peer| Arc::clone(&peer))
+    }
+
+    /// The peer whose sessions have this receiver index; direct paths will ask.
+    #[cfg(test)]
+    pub(crate) fn by_receiver_index(&self, index: u32) -> Option<Arc<Peer>> {
+        self.by_index.get(&(index >> 8)).map(|peer| Arc::clone(&peer))
+    }
+
+    /// The present routes.
+    pub(crate) fn routes(&self) -> arc_swap::Guard<Arc<Routes>> {
+        self.routes.load()
+    }
+
+    /// Everybody.
+    pub(crate) fn all(&self) -> Vec<Arc<Peer>> {
+        self.by_key.iter().map(|peer| Arc::clone(&peer)).collect()
+    }
+
+    /// Makes the tables equal to `map`. Returns the peers whose tunnel is to be warmed up at once.
+    pub(crate) fn set(
+        &self,
+        map: &coordination::NetworkMap,
+        engines: &Engines,
+        now: Instant,
+    ) -> Vec<Arc<Peer>> {
+        let _writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let wanted: BTreeMap<NodePublic, &coordination::Peer> =
+            map.peers.values().map(|peer| (peer.node_key, peer)).collect();
+        let gone = |key: &NodePublic, peer: &Arc<Peer>| {
+            wanted.get(key).is_none_or(|wanted| wanted.disco_key != peer.disco_key)
+        };
+        let removed: Vec<Arc<Peer>> =
+            self.by_key.iter().filter(|it| gone(it.key(), it.value())).map(|it| Arc::clone(&it)).collect();
+        for peer in removed {
+            self.by_key.remove(&peer.key);
+            self.by_index.remove(&peer.index);
+        }
+        let cold = wanted.values().filter_map(|peer| self.set_one(peer, engines, now)).collect();
+        self.routes.store(Arc::new(self.make_routes(map)));
+        cold
+    }
+
+    fn set_one(&self, wanted: &coordination::Peer, engines: &Engines, now: Instant) -> Option<Arc<Peer>> {
+        let settings = Settings::of(wanted);
+        let Some(peer) = self.by_key(&wanted.node_key) else {
+            let peer = self.insert(wanted, engines, now);
+            return (settings.keepalive == Keepalive::On).then_some(peer);
+        };
+        if **peer.settings() == settings {
+            return None;
+        }
+        let was = peer.settings().keepalive;
+        peer.engine().set_keepalive(settings.keepalive);
+        let is_turned_on = was == Keepalive::Off && settings.keepalive == Keepalive::On;
+        peer.settings.store(Arc::new(settings));
+        is_turned_on.then_some(peer)
+    }
+
+    fn insert(&self, wanted: &coordination::Peer, engines: &Engines, now: Instant) -> Arc<Peer> {
+        let index = self.free_index();
+        let peer = Arc::new(Peer::new(wanted, index, engines.engine(&wanted.node_key, index, now)));
+        self.by_index.insert(index, Arc::clone(&peer));
+        self.by_key.insert(wanted.node_key, Arc::clone(&peer));
+        peer
+    }
+
+    fn free_index(&self) -> u32 {
+        loop {
+            // 24 bits: the engine puts its session number below them.
+            let index = rand::random::<u32>() >> 8;
+            if !self.by_index.contains_key(&index) {
+                return index;
+            }
+        }
+    }
+
+    /// Where two peers claim one address, the first one in the map has it.
+    fn make_routes(&self, map: &coordination::NetworkMap) -> Routes {
+        let mut routes = Routes::new();
+        for peer in map.peers.values().filter_map(|peer| self.by_key(&peer.node_key)) {
+            for address in &peer.settings().addresses {
+                routes.entry(*address).or_insert_with(|| Arc::clone(&peer));
+            }
+        }
+        routes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+    use warren_proto::key::NodePrivate;
+
+    use super::*;
+
+    #[test]
+    fn a_peer_keeps_its_engine_when_only_home_addresses_or_keepalive_change() {
+        let (peers, engines) = (Peers::new(), engines());
+        let mut map = network(1);
+        peers.set(&map, &engines, Instant::now());
+        let before = peers.by_key(&key(0)).unwrap();
+        let peer = map.peers.get_mut(&Uuid::from_u128(0)).unwrap();
+        peer.home = RegionId(7);
+        peer.addresses = vec![address(99)];
+        peers.set(&map, &engines, Instant::now());
+        let after = peers.by_key(&key(0)).unwrap();
+        assert!(Arc::ptr_eq(&before, &after));
+        assert_eq!(after.settings().home, RegionId(7));
+        assert!(peers.routes().contains_key(&address(99)));
+        assert!(!peers.routes().contains_key(&address(0)));
+    }
+
+    #[test]
+    fn another_disco_or_node_key_makes_another_peer() {
+        let (peers, engines) = (Peers::new(), engines());
+        let mut map = network(1);
+        peers.set(&map, &engines, Instant::now());
+        let before = peers.by_key(&key(0)).unwrap();
+        map.peers.get_mut(&Uuid::from_u128(0)).unwrap().disco_key = DiscoPublic([9; 32]);
+        peers.set(&map, &engines, Instant::now());
+        assert!(!Arc::ptr_eq(&before, &peers.by_key(&key(0)).unwrap()));
+        map.peers.get_mut(&Uuid::from_u128(0)).unwrap().node_key = key(5);
+        peers.set(&map, &engines, Instant::now());
+        assert!(peers.by_key(&key(0)).is_none());
+        assert!(peers.by_key(&key(5)).is_some());
+        assert_eq!(peers.by_index.len(), 1);
+    }
+
+    #[test]
+    fn a_peer_is_warmed_up_when_it_comes_or_becomes_ready() {
+        let (peers, engines) = (Peers::new(), engines());
+        let mut map = network(2);
+        map.peers.get_mut(&Uuid::from_u128(1)).unwrap().keepalive = false;
+        let keys = |peers: Vec<Arc<Peer>>| peers.iter().map(|peer| peer.key).collect::<Vec<_>>();
+        assert_eq!(keys(peers.set(&map, &engines, Instant::now())), [key(0)]);
+        map.peers.get_mut(&Uuid::from_u128(1)).unwrap().keepalive = true;
+        assert_eq!(keys(peers.set(&map, &engines, Instant::now())), [key(1)]);
+        assert!(peers.set(&map, &engines, Instant::now()).is_empty());
+    }
+
+    #[test]
+    fn a_removed_peer_leaves_every_table() {
+        let (peers, engines) = (Peers::new(), engines());
+        peers.set(&network(3), &engines, Instant::now());
+        let index = peers.by_key(&key(2)).unwrap().index;
+        assert!(peers.by_receiver_index(index << 8 | 5).is_some());
+        peers.set(&network(2), &engines, Instant::now());
+        assert!(peers.by_key(&key(2)).is_none());
+        assert!(peers.by_receiver_index(index << 8).is_none());
+        assert_eq!(peers.routes().len(), 2);
+    }
+
+    #[test]
+    fn the_first_peer_that_claims_an_address_has_it() {
+        let (peers, engines) = (Peers::new(), engines());
+        let mut map = network(2);
+        map.peers.get_mut(&Uuid::from_u128(1)).unwrap().addresses = vec![address(0)];
+        peers.set(&map, &engines, Instant::now());
+        assert_eq!(peers.routes().get(&address(0)).unwrap().key, key(0));
+    }
+
+    #[test]
+    fn a_repeated_ping_is_answered_once() {
+        let (peers, engines) = (Peers::new(), engines());
+        peers.set(&network(1), &engines, Instant::now());
+        let peer = peers.by_key(&key(0)).unwrap();
+        assert!(peer.is_new_ping(RegionId(1), [1; 12]));
+        assert!(!peer.is_new_ping(RegionId(1), [1; 12]));
+        assert!(peer.is_new_ping(RegionId(2), [1; 12]));
+        assert!(peer.is_new_ping(RegionId(2), [2; 12]));
+    }
+
+    fn engines() -> Engines {
+        Engines::new(&NodePrivate::generate())
+    }
+
+    fn network(peers: u8) -> coordination::NetworkMap {
+        let peer = |number: u8| coordination::Peer {
+            node_key: key(number),
+            disco_key: DiscoPublic([number + 1; 32]),
+            home: RegionId(1),
+            addresses: vec![address(number)],
+            keepalive: true,
+        };
+        let peers = (0..peers).map(|number| (Uuid::from_u128(u128::from(number)), peer(number))).collect();
+        coordination::NetworkMap { peers }
+    }
+
+    fn key(number: u8) -> NodePublic {
+        NodePrivate::from_bytes([number + 1; 32]).public()
+    }
+
+    fn address(number: u8) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd60, 0, 0, 0, 0, 0, 0, u16::from(number))
+    }
+}

@@ -1,0 +1,650 @@
+//! Two data planes and a small relay between them, in one process.
+
+use std::{os::unix::net::UnixDatagram as StdUnixDatagram, sync::atomic::AtomicUsize};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream, UnixDatagram},
+    sync::{broadcast, mpsc},
+    time::timeout,
+};
+use uuid::Uuid;
+use warren_core::{coordination, relay_map::Node};
+use warren_proto::key::random;
+
+use super::*;
+use crate::{dial::DialOptions, facts::RelayLink};
+
+const LIMIT: Duration = Duration::from_secs(20);
+const REGION: RegionId = RegionId(999);
+/// An IPv6 header, a type, 8 bytes of the ping, a port.
+const TSMP_PONG: u64 = 40 + 1 + 8 + 2;
+
+#[tokio::test]
+async fn two_peers_shake_hands_at_once_and_talk_both_ways() {
+    let world = World::new().await;
+    let (mut a, mut b) = (world.side(1), world.side(2));
+    world.join(&a, &b);
+    a.hear_handshake().await;
+    b.hear_handshake().await;
+    a.device.send(&packet(&a, &b, 100)).await.unwrap();
+    assert_eq!(b.read_packet().await, packet(&a, &b, 100));
+    b.device.send(&packet(&b, &a, 1280)).await.unwrap();
+    assert_eq!(a.read_packet().await, packet(&b, &a, 1280));
+    let stats = a.plane.stats()[&b.key];
+    assert!(stats.last_handshake.is_some());
+    assert_eq!((stats.sent_bytes, stats.received_bytes), (100, 1280));
+}
+
+#[tokio::test]
+async fn a_handshake_that_found_no_link_starts_when_the_link_is_up() {
+    let world = World::new().await;
+    let (mut a, b) = (world.side(1), world.side(2));
+    let (map_a, map_b) = (network(&[&b], true), network(&[&a], false));
+    a.plane.set_peers(&map_a);
+    b.plane.set_peers(&map_b);
+    b.plane.ensure_link(world.target());
+    b.hear_link_up().await;
+    a.plane.ensure_link(world.target());
+    a.hear_handshake().await;
+}
+
+#[tokio::test]
+async fn a_packet_without_a_session_waits_for_the_handshake_it_starts() {
+    let world = World::new().await;
+    let (a, mut b) = (world.side(1), world.side(2));
+    world.join_cold(&a, &b).await;
+    for len in [100, 200, 300] {
+        a.device.send(&packet(&a, &b, len)).await.unwrap();
+    }
+    for len in [100, 200, 300] {
+        assert_eq!(b.read_packet().await, packet(&a, &b, len));
+    }
+}
+
+#[tokio::test]
+async fn a_ping_is_answered_with_a_pong_that_names_the_region() {
+    let world = World::new().await;
+    let (mut a, b) = (world.side(1), world.side(2));
+    world.join_cold(&a, &b).await;
+    a.plane.send_ping(b.key, [7; 12]).unwrap();
+    let pong = a.hear_pong().await;
+    assert_eq!((pong.peer, pong.txid, pong.region), (b.key, [7; 12], Some(REGION)));
+    assert_eq!(a.plane.send_ping(NodePublic([1; 32]), [7; 12]), Err(PingUnsent::UnknownPeer));
+    a.plane.close_link(REGION);
+    assert_eq!(a.plane.send_ping(b.key, [7; 12]), Err(PingUnsent::NoLink));
+}
+
+#[tokio::test]
+async fn a_ping_from_a_disco_key_that_is_not_the_peers_gets_no_answer() {
+    let world = World::new().await;
+    let (mut a, mut b) = (world.side(1), world.side(2));
+    world.join_cold(&a, &b).await;
+    let mut map = network(&[&a], false);
+    map.peers.values_mut().for_each(|peer| peer.disco_key = DiscoPrivate::generate().public());
+    b.plane.set_peers(&map);
+    a.plane.send_ping(b.key, [1; 12]).unwrap();
+    // A pong would come before this answer.
+    a.device.send(&packet(&a, &b, 100)).await.unwrap();
+    b.read_packet().await;
+    b.device.send(&packet(&b, &a, 100)).await.unwrap();
+    a.read_packet().await;
+    assert!(a.pong.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn a_broken_link_is_dialled_again_and_no_session_is_lost() {
+    let world = World::new().await;
+    let (mut a, mut b) = (world.side(1), world.side(2));
+    world.join(&a, &b);
+    a.hear_handshake().await;
+    b.hear_handshake().await;
+    for _ in 0..3 {
+        a.forget_events();
+        b.forget_events();
+        world.relay.cut();
+        a.hear_link_up().await;
+        b.hear_link_up().await;
+        a.device.send(&packet(&a, &b, 100)).await.unwrap();
+        assert_eq!(b.read_packet().await, packet(&a, &b, 100));
+    }
+    assert_eq!(a.handshakes() + b.handshakes(), 0, "after the first ones");
+}
+
+#[tokio::test]
+async fn a_relay_that_went_silent_is_replaced_while_in_use() {
+    let world = World::new().await;
+    let (mut a, b) = (world.side(1), world.side(2));
+    world.join_cold(&a, &b).await;
+    a.forget_events();
+    world.relay.fall_silent();
+    a.plane.send_ping(b.key, [1; 12]).unwrap();
+    a.hear_link_up().await;
+    b.plane.probe_links();
+}
+
+#[tokio::test]
+async fn a_relay_that_restarts_is_left_and_met_again() {
+    let world = World::new().await;
+    let (mut a, b) = (world.side(1), world.side(2));
+    world.join_cold(&a, &b).await;
+    a.forget_events();
+    world.relay.inject(&[0x15, 0, 0, 0, 8, 0, 0, 0, 1, 0, 0, 0, 1]);
+    a.hear_link_up().await;
+}
+
+#[tokio::test]
+async fn the_relay_is_told_once_that_it_is_home_and_once_that_it_is_not() {
+    let mut world = World::new().await;
+    let a = world.side(1);
+    a.plane.prefer_link(REGION);
+    a.plane.ensure_link(world.target());
+    a.hear_link_up().await;
+    assert_eq!(world.relay.hear(0x07).await, [1]);
+    a.plane.prefer_link(REGION);
+    a.plane.prefer_link(RegionId(1));
+    assert_eq!(world.relay.hear(0x07).await, [0]);
+}
+
+#[tokio::test]
+async fn a_ping_of_the_relay_is_answered() {
+    let mut world = World::new().await;
+    let a = world.side(1);
+    a.plane.ensure_link(world.target());
+    a.hear_link_up().await;
+    world.relay.inject(&[0x12, 0, 0, 0, 8, 1, 2, 3, 4, 5, 6, 7, 8]);
+    assert_eq!(world.relay.hear(0x13).await, [1, 2, 3, 4, 5, 6, 7, 8]);
+}
+
+#[tokio::test]
+async fn garbage_from_the_relay_is_survived() {
+    let world = World::new().await;
+    let (mut a, mut b) = (world.side(1), world.side(2));
+    world.join(&a, &b);
+    a.hear_handshake().await;
+    b.hear_handshake().await;
+    let received = |source: [u8; 32], packet: &[u8]| {
+        let length = u32::try_from(32 + packet.len()).unwrap().to_be_bytes();
+        [[5].as_slice(), &length, &source, packet].concat()
+    };
+    for round in 0..200 {
+        let noise: [u8; 300] = random();
+        let mut looks_like_data = noise;
+        looks_like_data[..4].copy_from_slice(&[4, 0, 0, 0]);
+        let disco = [b"TS\xf0\x9f\x92\xac".as_slice(), &noise].concat();
+        let source = if round % 2 == 0 { b.key.0 } else { random() };
+        world.relay.inject(&received(source, &noise[..round]));
+        world.relay.inject(&received(source, &looks_like_data[..round]));
+        world.relay.inject(&received(source, &disco));
+        world.relay.inject(&[0xff, 0, 0, 0, 3, 1, 2, 3]);
+    }
+    b.device.send(&packet(&b, &a, 99)).await.unwrap();
+    assert_eq!(a.read_packet().await, packet(&b, &a, 99));
+}
+
+#[tokio::test]
+async fn a_packet_that_is_not_from_the_peers_or_not_to_our_address_is_dropped() {
+    let world = World::new().await;
+    let (a, mut b) = (world.side(1), world.side(2));
+    world.join_cold(&a, &b).await;
+    let mut spoofed = packet(&a, &b, 100);
+    spoofed[23] ^= 1;
+    a.device.send(&spoofed).await.unwrap();
+    let other = world.side(3);
+    // A believes that B has one more address; B knows that it has not.
+    let mut map = network(&[&b], false);
+    map.peers.values_mut().for_each(|peer| peer.addresses.push(other.address));
+    a.plane.set_peers(&map);
+    a.device.send(&packet(&a, &other, 100)).await.unwrap();
+    a.device.send(&packet(&a, &b, 101)).await.unwrap();
+    assert_eq!(b.read_packet().await, packet(&a, &b, 101));
+}
+
+#[tokio::test]
+async fn without_a_device_echo_and_tsmp_are_answered_by_the_data_plane() {
+    let world = World::new().await;
+    let (mut a, b) = (world.side(1), world.side(2));
+    world.join_cold(&a, &b).await;
+    b.plane.detach_tun();
+    a.device.send(&echo_request(&a, &b)).await.unwrap();
+    let reply = a.read_packet().await;
+    assert_eq!((reply[6], reply[40]), (58, 129));
+    assert_eq!(&reply[8..24], &b.address.octets());
+    let before = a.plane.stats()[&b.key].received_bytes;
+    a.device.send(&tsmp_ping(&a, &b)).await.unwrap();
+    a.receives_bytes_of(&b, before + TSMP_PONG).await;
+}
+
+#[tokio::test]
+async fn with_a_device_echo_goes_to_the_kernel_and_tsmp_does_not() {
+    let world = World::new().await;
+    let (a, mut b) = (world.side(1), world.side(2));
+    world.join_cold(&a, &b).await;
+    a.device.send(&tsmp_ping(&a, &b)).await.unwrap();
+    a.device.send(&echo_request(&a, &b)).await.unwrap();
+    assert_eq!(b.read_packet().await, echo_request(&a, &b));
+    a.receives_bytes_of(&b, TSMP_PONG).await;
+}
+
+#[tokio::test]
+async fn another_device_takes_the_place_of_the_first() {
+    let world = World::new().await;
+    let (mut a, mut b) = (world.side(1), world.side(2));
+    world.join_cold(&a, &b).await;
+    let (ours, theirs) = device();
+    b.plane.attach_tun(ours);
+    b.device = theirs;
+    a.device.send(&packet(&a, &b, 100)).await.unwrap();
+    assert_eq!(b.read_packet().await, packet(&a, &b, 100));
+    b.device.send(&packet(&b, &a, 100)).await.unwrap();
+    assert_eq!(a.read_packet().await, packet(&b, &a, 100));
+}
+
+#[tokio::test]
+async fn a_refused_upgrade_is_told_in_words_and_tried_again() {
+    let world = World::new().await;
+    world.relay.refuse(2);
+    let a = world.side(1);
+    a.plane.ensure_link(world.target());
+    a.hear_link(LinkChange::Down).await;
+    let RelayLink::Down { error } = a.plane.links()[&REGION].state.clone() else { panic!("not down") };
+    assert!(error.contains("426"), "{error}");
+    a.hear_link_up().await;
+}
+
+#[tokio::test]
+async fn a_link_that_is_described_anew_is_replaced_and_the_same_one_kept() {
+    let world = World::new().await;
+    let a = world.side(1);
+    a.plane.ensure_link(world.target());
+    a.hear_link_up().await;
+    a.plane.ensure_link(world.target());
+    assert_eq!(world.relay.logins(), 1);
+    let mut target = world.target();
+    target.nodes[0].name = "moved".to_owned();
+    a.plane.ensure_link(target);
+    a.hear_link_up().await;
+    assert_eq!(world.relay.logins(), 2);
+    a.plane.close_link(REGION);
+    a.hear_link(LinkChange::Closed).await;
+    assert!(a.plane.links().is_empty());
+}
+
+#[tokio::test]
+async fn a_task_that_panics_begins_again() {
+    let runs = AtomicUsize::new(0);
+    endure("test", || async {
+        assert!(runs.fetch_add(1, Ordering::Relaxed) > 1, "a test forced this panic");
+    })
+    .await;
+    assert_eq!(runs.load(Ordering::Relaxed), 3);
+}
+
+#[tokio::test]
+async fn a_stopped_data_plane_has_closed_its_links_and_its_device() {
+    let world = World::new().await;
+    let a = world.side(1);
+    a.plane.ensure_link(world.target());
+    a.hear_link_up().await;
+    a.plane.stop().await;
+    assert!(a.plane.links().is_empty());
+    assert!(!a.plane.has_tun());
+    assert!(a.plane.stopped.is_cancelled());
+    timeout(LIMIT, async {
+        while a.device.send(&[0; 40]).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .unwrap();
+}
+
+/// A relay, and how to reach it.
+struct World {
+    relay: Relay,
+}
+
+impl World {
+    async fn new() -> Self {
+        Self { relay: Relay::start().await }
+    }
+
+    fn side(&self, number: u8) -> Side {
+        Side::start(number)
+    }
+
+    fn target(&self) -> LinkTarget {
+        let node = Node {
+            host_name: "127.0.0.1".to_owned(),
+            derp_port: self.relay.port,
+            force_http: true,
+            ..Node::default()
+        };
+        LinkTarget { region: REGION, nodes: vec![node], headers: Vec::new() }
+    }
+
+    /// Both know each other and keep the tunnel warm.
+    fn join(&self, a: &Side, b: &Side) {
+        for (side, other) in [(a, b), (b, a)] {
+            side.plane.set_peers(&network(&[other], true));
+            side.plane.ensure_link(self.target());
+        }
+    }
+
+    /// Both know each other and have links, and nothing was sent.
+    async fn join_cold(&self, a: &Side, b: &Side) {
+        for (side, other) in [(a, b), (b, a)] {
+            side.plane.set_peers(&network(&[other], false));
+            side.plane.ensure_link(self.target());
+            side.hear_link_up().await;
+        }
+    }
+}
+
+/// One data plane with a socket for its device.
+struct Side {
+    plane: DataPlane,
+    key: NodePublic,
+    disco: DiscoPublic,
+    address: Ipv6Addr,
+    device: UnixDatagram,
+    heard: Arc<Heard>,
+    handshake: tokio::sync::Mutex<mpsc::Receiver<NodePublic>>,
+    pong: mpsc::Receiver<Pong>,
+    link: tokio::sync::Mutex<mpsc::Receiver<LinkChange>>,
+}
+
+struct Heard {
+    handshake: mpsc::Sender<NodePublic>,
+    pong: mpsc::Sender<Pong>,
+    link: mpsc::Sender<LinkChange>,
+}
+
+impl Events for Heard {
+    fn pong(&self, pong: Pong) {
+        self.pong.try_send(pong).unwrap();
+    }
+
+    fn link_changed(&self, _: RegionId, change: LinkChange) {
+        let _ = self.link.try_send(change);
+    }
+
+    fn handshake(&self, peer: NodePublic) {
+        self.handshake.try_send(peer).unwrap();
+    }
+}
+
+impl Side {
+    fn start(number: u8) -> Self {
+        let (handshake_out, handshake) = mpsc::channel(100);
+        let (pong_out, pong) = mpsc::channel(100);
+        let (link_out, link) = mpsc::channel(100);
+        let heard = Arc::new(Heard { handshake: handshake_out, pong: pong_out, link: link_out });
+        let (node, disco) = (NodePrivate::generate(), DiscoPrivate::generate());
+        let (key, disco_key) = (node.public(), disco.public());
+        let address = Ipv6Addr::new(0xfd60, 0x627a, 0xa42b, 0, 0, 0, 0, u16::from(number));
+        let dialer = Arc::new(Dialer::new(DialOptions::default()).unwrap());
+        let events: Arc<dyn Events> = Arc::clone(&heard) as _;
+        let plane = DataPlane::start(DataPlaneConfig { node, disco, address, dialer, events }).unwrap();
+        let (tun, device) = device();
+        plane.attach_tun(tun);
+        let (handshake, link) = (tokio::sync::Mutex::new(handshake), tokio::sync::Mutex::new(link));
+        Self { plane, key, disco: disco_key, address, device, heard, handshake, pong, link }
+    }
+
+    async fn read_packet(&mut self) -> Vec<u8> {
+        let mut buffer = vec![0; 2000];
+        let len = timeout(LIMIT, self.device.recv(&mut buffer)).await.unwrap().unwrap();
+        buffer.truncate(len);
+        buffer
+    }
+
+    async fn receives_bytes_of(&self, other: &Self, bytes: u64) {
+        let wait = async {
+            while self.plane.stats()[&other.key].received_bytes < bytes {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(LIMIT, wait).await.unwrap();
+        assert_eq!(self.plane.stats()[&other.key].received_bytes, bytes);
+    }
+
+    async fn hear_handshake(&mut self) -> NodePublic {
+        timeout(LIMIT, self.handshake.get_mut().recv()).await.unwrap().unwrap()
+    }
+
+    async fn hear_pong(&mut self) -> Pong {
+        timeout(LIMIT, self.pong.recv()).await.unwrap().unwrap()
+    }
+
+    async fn hear_link_up(&self) {
+        self.hear_link(LinkChange::Up).await;
+    }
+
+    async fn hear_link(&self, expected: LinkChange) {
+        let mut link = self.link.lock().await;
+        let wait = async { while link.recv().await.unwrap() != expected {} };
+        timeout(LIMIT, wait).await.unwrap();
+    }
+
+    fn forget_events(&mut self) {
+        while self.link.get_mut().try_recv().is_ok() {}
+        while self.handshake.get_mut().try_recv().is_ok() {}
+    }
+
+    fn handshakes(&self) -> usize {
+        self.heard.handshake.max_capacity() - self.heard.handshake.capacity()
+    }
+}
+
+fn device() -> (Tun, UnixDatagram) {
+    let (ours, theirs) = StdUnixDatagram::pair().unwrap();
+    theirs.set_nonblocking(true).unwrap();
+    (Tun::from_owned(ours.into()).unwrap(), UnixDatagram::from_std(theirs).unwrap())
+}
+
+fn network(peers: &[&Side], keepalive: bool) -> NetworkMap {
+    let peer = |side: &&Side| coordination::Peer {
+        node_key: side.key,
+        disco_key: side.disco,
+        home: REGION,
+        addresses: vec![side.address],
+        keepalive,
+    };
+    NetworkMap {
+        peers: peers.iter().map(|side| (Uuid::from_bytes(side.address.octets()), peer(side))).collect(),
+    }
+}
+
+fn packet(from: &Side, to: &Side, len: usize) -> Vec<u8> {
+    let mut packet = vec![0x5a; len];
+    packet[..4].copy_from_slice(&[0x60, 0, 0, 0]);
+    packet[4..6].copy_from_slice(&u16::try_from(len - 40).unwrap().to_be_bytes());
+    packet[6..8].copy_from_slice(&[17, 64]);
+    packet[8..24].copy_from_slice(&from.address.octets());
+    packet[24..40].copy_from_slice(&to.address.octets());
+    packet
+}
+
+fn echo_request(from: &Side, to: &Side) -> Vec<u8> {
+    let mut packet = packet(from, to, 56);
+    packet[6] = 58;
+    packet[40..48].copy_from_slice(&[128, 0, 0, 0, 0, 1, 0, 1]);
+    let words = packet[8..].chunks(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])));
+    let sum: u32 = words.sum::<u32>() + 58 + 16;
+    let folded = (sum & 0xffff) + (sum >> 16);
+    packet[42..44].copy_from_slice(&(!((folded & 0xffff) as u16 + (folded >> 16) as u16)).to_be_bytes());
+    packet
+}
+
+fn tsmp_ping(from: &Side, to: &Side) -> Vec<u8> {
+    let mut packet = packet(from, to, 49);
+    packet[6] = 99;
+    packet[40..49].copy_from_slice(b"p12345678");
+    packet
+}
+
+/// A relay with one region, and levers to spoil its connections.
+struct Relay {
+    port: u16,
+    shared: Arc<RelayShared>,
+    heard: mpsc::Receiver<(u8, Vec<u8>)>,
+}
+
+struct RelayShared {
+    key: NodePrivate,
+    clients: Mutex<BTreeMap<NodePublic, mpsc::Sender<Vec<u8>>>>,
+    orders: broadcast::Sender<Order>,
+    heard: mpsc::Sender<(u8, Vec<u8>)>,
+    refusals: AtomicUsize,
+    logins: AtomicUsize,
+}
+
+#[derive(Debug, Clone)]
+enum Order {
+    Cut,
+    FallSilent,
+    Inject(Vec<u8>),
+}
+
+impl Relay {
+    async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (heard_out, heard) = mpsc::channel(1000);
+        let shared = Arc::new(RelayShared {
+            key: NodePrivate::generate(),
+            clients: Mutex::default(),
+            orders: broadcast::channel(1000).0,
+            heard: heard_out,
+            refusals: AtomicUsize::new(0),
+            logins: AtomicUsize::new(0),
+        });
+        let served = Arc::clone(&shared);
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let served = Arc::clone(&served);
+                tokio::spawn(async move { served.serve(stream).await });
+            }
+        });
+        Self { port, shared, heard }
+    }
+
+    fn cut(&self) {
+        self.shared.orders.send(Order::Cut).unwrap();
+    }
+
+    /// The present connections stay open and carry nothing any more.
+    fn fall_silent(&self) {
+        self.shared.orders.send(Order::FallSilent).unwrap();
+    }
+
+    fn inject(&self, frames: &[u8]) {
+        self.shared.orders.send(Order::Inject(frames.to_vec())).unwrap();
+    }
+
+    fn refuse(&self, attempts: usize) {
+        self.shared.refusals.store(attempts, Ordering::Relaxed);
+    }
+
+    fn logins(&self) -> usize {
+        self.shared.logins.load(Ordering::Relaxed)
+    }
+
+    /// The next frame of this type that a client sent.
+    async fn hear(&mut self, kind: u8) -> Vec<u8> {
+        let wait = async {
+            loop {
+                let (heard, body) = self.heard.recv().await.unwrap();
+                if heard == kind {
+                    return body;
+                }
+            }
+        };
+        timeout(LIMIT, wait).await.unwrap()
+    }
+}
+
+impl RelayShared {
+    async fn serve(&self, mut stream: TcpStream) -> Option<()> {
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(stream.read_u8().await.ok()?);
+        }
+        if self.refusals.try_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
+        {
+            stream.write_all(b"HTTP/1.1 426 Upgrade Required\r\nContent-Length: 0\r\n\r\n").await.ok()?;
+            return None;
+        }
+        let mut hello =
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: DERP\r\nConnection: Upgrade\r\n\r\n".to_vec();
+        hello.extend(frame(
+            1,
+            &[b"DERP\xf0\x9f\x94\x91".as_slice(), &self.key.public().0, b"future"].concat(),
+        ));
+        stream.write_all(&hello).await.ok()?;
+        let (kind, body) = read_frame(&mut stream).await?;
+        let client = NodePublic::from_slice(body.get(..32)?)?;
+        let shared = self.key.shared(&client);
+        assert_eq!(kind, 2);
+        shared.open_with_nonce(&body[32..]).unwrap();
+        stream.write_all(&frame(3, &shared.seal_with_nonce(&random(), br#"{"version":2}"#))).await.ok()?;
+        self.logins.fetch_add(1, Ordering::Relaxed);
+        let (to_client, mut outgoing) = mpsc::channel::<Vec<u8>>(512);
+        let mut orders = self.orders.subscribe();
+        self.clients.lock().unwrap().insert(client, to_client);
+        let (mut read, mut write) = stream.into_split();
+        let reader = async {
+            while let Some((kind, body)) = read_frame(&mut read).await {
+                self.handle(&client, kind, &body);
+            }
+        };
+        let writer = async {
+            loop {
+                tokio::select! {
+                    Some(frame) = outgoing.recv() => write.write_all(&frame).await.ok()?,
+                    Ok(order) = orders.recv() => match order {
+                        Order::Cut => return Some(()),
+                        Order::FallSilent => std::future::pending().await,
+                        Order::Inject(frames) => write.write_all(&frames).await.ok()?,
+                    },
+                }
+            }
+        };
+        tokio::select! {
+            () = reader => {}
+            _ = writer => {}
+        }
+        Some(())
+    }
+
+    fn handle(&self, from: &NodePublic, kind: u8, body: &[u8]) {
+        let _ = self.heard.try_send((kind, body.to_vec()));
+        match kind {
+            4 => {
+                let to = NodePublic::from_slice(&body[..32]).unwrap();
+                if let Some(client) = self.clients.lock().unwrap().get(&to) {
+                    let _ = client.try_send(frame(5, &[from.0.as_slice(), &body[32..]].concat()));
+                }
+            }
+            0x12 => {
+                if let Some(client) = self.clients.lock().unwrap().get(from) {
+                    let _ = client.try_send(frame(0x13, body));
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+fn frame(kind: u8, body: &[u8]) -> Vec<u8> {
+    [[kind].as_slice(), &u32::try_from(body.len()).unwrap().to_be_bytes(), body].concat()
+}
+
+async fn read_frame<R: tokio::io::AsyncRead + Unpin>(stream: &mut R) -> Option<(u8, Vec<u8>)> {
+    let kind = stream.read_u8().await.ok()?;
+    let len = stream.read_u32().await.ok()?;
+    let mut body = vec![0; len as usize];
+    stream.read_exact(&mut body).await.ok()?;
+    Some((kind, body))
+}

@@ -1,0 +1,213 @@
+//! Why a connection did not come about, and what a person may do about it.
+
+use std::{io, path::PathBuf, time::Duration};
+
+use http::StatusCode;
+
+use super::Target;
+
+/// Why a dialer could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// The CA file cannot be read.
+    #[error("cannot read the CA file {}: {reason}", path.display())]
+    CaFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The CA file holds no certificate.
+    #[error("the CA file {} has no certificate in PEM form", path.display())]
+    NoCertificate {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The TLS library refused its configuration.
+    #[error("TLS cannot be set up: {0}")]
+    Tls(#[from] rustls::Error),
+    /// The TLS library refused its roots.
+    #[error("TLS cannot be set up: {0}")]
+    Verifier(#[from] rustls::client::VerifierBuilderError),
+}
+
+/// Which step of connecting took too long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Resolving the host name.
+    Resolve,
+    /// The TCP connection.
+    Connect,
+    /// The proxy's answer.
+    Proxy,
+    /// The TLS handshake.
+    Tls,
+}
+
+/// Why a connection did not come about.
+#[derive(Debug, thiserror::Error)]
+pub enum DialError {
+    /// The name does not resolve.
+    #[error("cannot resolve {host}: {source}; check the host name and this machine's DNS")]
+    Resolve {
+        /// The host.
+        host: String,
+        /// What the resolver says.
+        source: io::Error,
+    },
+    /// The host has no address of a family that may be used.
+    #[error("{host} has no address that can be used")]
+    NoAddress {
+        /// The host.
+        host: String,
+    },
+    /// Nobody listens there.
+    #[error("{place} refused the connection; check host and port, and that the server runs")]
+    Refused {
+        /// Host and port.
+        place: String,
+    },
+    /// The connection failed otherwise.
+    #[error("cannot connect to {place}: {source}")]
+    Unreachable {
+        /// Host and port.
+        place: String,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// It took too long.
+    #[error("{} within {} seconds", late(place, *step), limit.as_secs_f64())]
+    TimedOut {
+        /// Host and port.
+        place: String,
+        /// The step that did not end.
+        step: Step,
+        /// The limit for all steps together.
+        limit: Duration,
+    },
+    /// TLS failed.
+    #[error("no secure connection to {host}: {reason}")]
+    Tls {
+        /// The host.
+        host: String,
+        /// Why.
+        reason: TlsError,
+    },
+    /// The proxy cannot be reached or used.
+    #[error("the proxy {proxy} of the environment cannot be used: {source}")]
+    Proxy {
+        /// The proxy, without credentials.
+        proxy: String,
+        /// Why.
+        source: Box<DialError>,
+    },
+    /// The proxy's kind is not one this program speaks.
+    #[error("proxies of the kind {0:?} are not supported; use http or https")]
+    ProxyScheme(String),
+    /// The proxy refused to connect.
+    #[error("the proxy {proxy} refused to connect to {place}: {status}{}", hint(*status))]
+    ProxyRefused {
+        /// The proxy, without credentials.
+        proxy: String,
+        /// Host and port it was asked for.
+        place: String,
+        /// Its answer.
+        status: StatusCode,
+    },
+    /// The proxy hung up, or does not speak HTTP.
+    #[error("the proxy {proxy} did not answer as a proxy does: {reason}")]
+    ProxyAnswer {
+        /// The proxy, without credentials.
+        proxy: String,
+        /// What was wrong.
+        reason: String,
+    },
+}
+
+/// Why TLS failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TlsError {
+    /// Nobody we trust vouches for the certificate.
+    #[error(
+        "its certificate is signed by nobody this machine trusts; add the authority to the system's \
+         certificates, or name its file (--ca-file, SSL_CERT_FILE)"
+    )]
+    UnknownIssuer,
+    /// The certificate is too old, or this machine's clock is wrong.
+    #[error("its certificate has expired (or this machine's clock is wrong)")]
+    Expired,
+    /// The certificate is too new, or this machine's clock is wrong.
+    #[error("its certificate is not valid yet (or this machine's clock is wrong)")]
+    NotYetValid,
+    /// The certificate is for someone else.
+    #[error("its certificate is for another name")]
+    WrongName,
+    /// Another fault of the certificate.
+    #[error("its certificate is not acceptable: {0}")]
+    Certificate(String),
+    /// The other side does not speak TLS.
+    #[error("it does not speak TLS; is the URL perhaps http:// instead of https://?")]
+    NotTls,
+    /// The host cannot be a TLS server name.
+    #[error("{0:?} is no host name")]
+    Name(String),
+    /// Any other failure.
+    #[error("{0}")]
+    Other(String),
+}
+
+impl DialError {
+    pub(super) fn of_connect(target: &Target, source: io::Error) -> Self {
+        let place = target.authority();
+        match source.kind() {
+            io::ErrorKind::ConnectionRefused => Self::Refused { place },
+            _ => Self::Unreachable { place, source },
+        }
+    }
+}
+
+impl TlsError {
+    pub(super) fn of(error: &io::Error) -> Self {
+        let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+        match inner {
+            Some(rustls::Error::InvalidCertificate(reason)) => Self::of_certificate(reason),
+            Some(rustls::Error::InvalidMessage(_)) => Self::NotTls,
+            Some(other) => Self::Other(other.to_string()),
+            None if error.kind() == io::ErrorKind::UnexpectedEof => {
+                Self::Other("it hung up during the handshake".to_owned())
+            }
+            None => Self::Other(error.to_string()),
+        }
+    }
+
+    fn of_certificate(reason: &rustls::CertificateError) -> Self {
+        use rustls::CertificateError as Fault;
+        match reason {
+            Fault::UnknownIssuer => Self::UnknownIssuer,
+            Fault::Expired | Fault::ExpiredContext { .. } => Self::Expired,
+            Fault::NotValidYet | Fault::NotValidYetContext { .. } => Self::NotYetValid,
+            Fault::NotValidForName | Fault::NotValidForNameContext { .. } => Self::WrongName,
+            // The usual fate of a self-made certificate that is not in the system's store.
+            Fault::Other(_) if reason.to_string().contains("CaUsedAsEndEntity") => Self::UnknownIssuer,
+            other => Self::Certificate(other.to_string()),
+        }
+    }
+}
+
+fn late(place: &str, step: Step) -> String {
+    match step {
+        Step::Resolve => format!("the name of {place} was not resolved"),
+        Step::Connect => format!("{place} did not answer; a firewall may be in between: no connection"),
+        Step::Proxy => format!("the proxy did not connect to {place}"),
+        Step::Tls => format!("{place} did not finish the TLS handshake"),
+    }
+}
+
+fn hint(status: StatusCode) -> &'static str {
+    match status {
+        StatusCode::PROXY_AUTHENTICATION_REQUIRED => {
+            "; put user and password into the proxy's URL, or the host into NO_PROXY"
+        }
+        _ => "; if it needs no proxy, put the host into NO_PROXY",
+    }
+}

@@ -1,0 +1,176 @@
+//! The facts that parts share: what each cell of a running tunnel holds, and who writes it.
+//!
+//! | Cell | Writer |
+//! |---|---|
+//! | [`Net::link`], [`Net::network_map`], [`Net::relay_map`], [`Net::workspaces`] | coordinator |
+//! | [`Net::peers`], [`Net::interface`] | registry |
+//! | [`Net::relays`], [`Net::home`], [`Net::latencies`] | relay |
+//! | [`Net::host`] | session (the manager owns the network) or host (the tunnel owns it) |
+
+use std::{
+    collections::BTreeMap,
+    net::Ipv6Addr,
+    os::fd::RawFd,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use secrecy::SecretString;
+use url::Url;
+use warren_core::{
+    coordination::NetworkMap,
+    home::RegionLatency,
+    relay_map::{RegionId, RelayMap},
+    roster::{Snapshot, Workspaces},
+};
+use warren_proto::key::{DiscoPrivate, NodePrivate};
+
+use crate::{
+    coordinator,
+    data_plane::DataPlane,
+    packet_io, pinger, registry, relay,
+    runtime::{Address, Cell},
+};
+
+/// What Start asked for. The session writes it, the root reconciles the `net` tree with it.
+#[derive(Debug)]
+pub struct Boot {
+    /// Counts the Starts of this process; a later one replaces everything of an earlier one.
+    pub generation: u64,
+    /// The deployment's access URL.
+    pub url: Url,
+    /// The user's session token.
+    pub token: SecretString,
+    /// Extra HTTP headers for the deployment, in order, names as given.
+    pub headers: Vec<(String, SecretString)>,
+    /// The value of the `Coder-Desktop-Telemetry` header, if any field of it was given.
+    pub telemetry: Option<String>,
+    /// Who owns the network.
+    pub network: NetworkOwner,
+}
+
+/// Who owns TUN, addresses and routes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NetworkOwner {
+    /// The manager: it handed over this descriptor and is asked by `NetworkSettingsRequest`.
+    Manager(RawFd),
+    /// The tunnel itself (needs `CAP_NET_ADMIN`).
+    Tunnel,
+    /// Nobody: no device, only pings (`--no-device`).
+    Nobody,
+}
+
+/// Who we are for the life of one Boot.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// WireGuard key, and name at relays.
+    pub node: NodePrivate,
+    /// Path discovery key.
+    pub disco: DiscoPrivate,
+    /// Our own inner address, a random /128 of the Coder prefix.
+    pub address: Ipv6Addr,
+    /// A random label for node messages, 63 bits.
+    pub node_id: i64,
+}
+
+/// How the connection to the control plane stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LinkState {
+    /// The first attempt has no verdict yet.
+    Connecting,
+    /// The control connection is up and has proved useful.
+    Up {
+        /// Since when.
+        since: SystemTime,
+    },
+    /// It is down and is tried again by itself.
+    Waiting {
+        /// What is wrong and what to do, in words for a person.
+        error: String,
+        /// The pause before the next attempt.
+        retry_in: Duration,
+    },
+    /// It was refused for good: trying again does not help until a person has acted.
+    Refused {
+        /// What is wrong and what to do, in words for a person.
+        error: String,
+    },
+}
+
+/// What the host's interface should look like.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InterfaceConfig {
+    /// Our address, a /128.
+    pub address: Ipv6Addr,
+    /// The prefixes to route to the device: address and length.
+    pub routes: Vec<(Ipv6Addr, u8)>,
+    /// The device's MTU in bytes.
+    pub mtu: u32,
+}
+
+/// What became of the last [`InterfaceConfig`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HostState {
+    /// The configuration that was last acknowledged.
+    pub applied: Option<InterfaceConfig>,
+    /// Why the last attempt failed, if it did.
+    pub error: Option<String>,
+}
+
+/// How one relay link stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RelayLink {
+    /// Being dialled.
+    Dialing,
+    /// Logged in.
+    Up {
+        /// Since when.
+        since: SystemTime,
+    },
+    /// Down; tried again after a pause if it is still wanted.
+    Down {
+        /// What is wrong, in words for a person.
+        error: String,
+    },
+}
+
+/// Everything that lives as long as one Boot: cells, addresses and the data plane. Made by the
+/// composition, lent to the parts; outlives every one of them.
+pub struct Net {
+    /// What Start asked for.
+    pub boot: Arc<Boot>,
+    /// Who we are.
+    pub identity: Identity,
+    /// TUN, relay links, sessions and their tasks.
+    pub data_plane: DataPlane,
+    /// How the control connection stands.
+    pub link: Cell<LinkState>,
+    /// The peers to program.
+    pub network_map: Cell<NetworkMap>,
+    /// Where relays are, embedded ones rewritten.
+    pub relay_map: Cell<RelayMap>,
+    /// The user's workspaces.
+    pub workspaces: Cell<Workspaces>,
+    /// What a manager is told.
+    pub peers: Cell<Snapshot>,
+    /// What the host's interface should look like.
+    pub interface: Cell<Option<InterfaceConfig>>,
+    /// What became of it.
+    pub host: Cell<HostState>,
+    /// How each relay link stands.
+    pub relays: Cell<BTreeMap<RegionId, RelayLink>>,
+    /// Our home region.
+    pub home: Cell<Option<RegionId>>,
+    /// Our latency to each region.
+    pub latencies: Cell<BTreeMap<RegionId, RegionLatency>>,
+    /// The coordinator.
+    pub coordinator: Address<coordinator::Message>,
+    /// The registry.
+    pub registry: Address<registry::Message>,
+    /// Packet I/O.
+    pub packet_io: Address<packet_io::Message>,
+    /// The relay.
+    pub relay: Address<relay::Message>,
+    /// The pinger.
+    pub pinger: Address<pinger::Message>,
+}

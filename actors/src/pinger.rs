@@ -1,0 +1,337 @@
+//! The pinger: asks every agent every 5 s whether it is there, and agents that just became reachable at once
+//! (vpn-protocol 8). What an answer means is decided in [`warren_core::ping`]; this shell sends, keeps time,
+//! and hands results to the registry.
+//!
+//! Owns no cell: results live in the registry's table. A crash loses the pings that are outstanding, and the
+//! successor pings every agent at once.
+
+use std::{
+    collections::BTreeSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use metrics::{Counter, Histogram, counter, histogram};
+use tokio::task::JoinHandle;
+use uuid::Uuid;
+use warren_core::{
+    ping::{self, Ping, PingRefused, Pings, TxId},
+    roster::PingReport,
+};
+use warren_observability::names;
+use warren_proto::key::random;
+
+use crate::{
+    data_plane::{PingUnsent, Pong},
+    facts::Net,
+    registry,
+    runtime::{Context, Part, PartError, Reply},
+};
+
+/// The longest that somebody may wait for one answer.
+const MAX_WAIT: Duration = Duration::from_secs(30);
+
+/// What the pinger hears.
+#[derive(Debug)]
+pub enum Message {
+    /// The network map changed; which one is in the cell.
+    PeersChanged,
+    /// A relay link came up, or the data plane knows new peers: agents that were silent may be reachable now.
+    PathUp,
+    /// A pong arrived; stamped where it was received, or the mailbox would become latency.
+    Pong(Pong),
+    /// It is time for whatever is due.
+    Due,
+    /// Pings one agent at once.
+    PingNow {
+        /// The agent.
+        agent: Uuid,
+        /// How long the asker waits, at most 30 s.
+        limit: Duration,
+        /// Where the answer goes.
+        reply: Reply<Result<PingReport, PingFailed>>,
+    },
+}
+
+/// Why a ping on demand has no answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PingFailed {
+    /// The agent is not connected to the deployment, or has not made itself known to us yet.
+    #[error("the agent is not connected at the moment")]
+    NoPeer,
+    /// Too many people wait for pings.
+    #[error("too many pings at the same time; try again")]
+    Busy,
+    /// No answer came.
+    #[error("no answer in time")]
+    Timeout,
+}
+
+/// The part.
+pub struct Pinger {
+    net: Arc<Net>,
+}
+
+/// One incarnation of the pinger.
+pub struct State {
+    pings: Pings<Reply<Result<PingReport, PingFailed>>>,
+    /// Wakes us when something is due; replaced when something else is due earlier.
+    alarm: Option<(Instant, JoinHandle<Option<()>>)>,
+    counters: Counters,
+    /// Agents whose silence was logged; each is told once until it answers again.
+    silent: BTreeSet<Uuid>,
+}
+
+struct Counters {
+    answered: Counter,
+    timed_out: Counter,
+    unsent: Counter,
+    relayed: Histogram,
+    direct: Histogram,
+}
+
+impl Pinger {
+    /// For one Boot.
+    pub fn new(net: Arc<Net>) -> Self {
+        Self { net }
+    }
+}
+
+impl Part for Pinger {
+    type Message = Message;
+    type State = State;
+
+    async fn start(&self, context: &Context<Message>) -> Result<State, PartError> {
+        let (mut map, me) = (self.net.network_map.view(), context.me.clone());
+        context.tasks.spawn(async move {
+            // The first round is the map as it stands.
+            while map.changed().await.is_some() && me.send(Message::PeersChanged).await.is_ok() {}
+        });
+        let mut state = State {
+            pings: Pings::new(Instant::now()),
+            alarm: None,
+            counters: Counters::new(),
+            silent: BTreeSet::new(),
+        };
+        state.set_alarm(context);
+        Ok(state)
+    }
+
+    async fn handle(
+        &self,
+        context: &Context<Message>,
+        state: &mut State,
+        message: Message,
+    ) -> Result<(), PartError> {
+        let now = Instant::now();
+        match message {
+            Message::PeersChanged => {
+                let map = self.net.network_map.get();
+                state.silent.retain(|agent| map.peers.contains_key(agent));
+                for waiter in state.pings.set_peers(now, &map) {
+                    let _ = waiter.send(Err(PingFailed::NoPeer));
+                }
+            }
+            Message::PathUp => state.pings.handle_path_up(now),
+            Message::Pong(pong) => self.take_pong(state, pong),
+            Message::PingNow { agent, limit, reply } => {
+                if let Err((refused, reply)) =
+                    state.pings.ping_now(now, agent, now + limit.min(MAX_WAIT), reply)
+                {
+                    let _ = reply.send(Err(refused.into()));
+                }
+            }
+            Message::Due => {}
+        }
+        self.send_due(state);
+        state.set_alarm(context);
+        Ok(())
+    }
+}
+
+impl Pinger {
+    fn send_due(&self, state: &mut State) {
+        let now = Instant::now();
+        if state.pings.poll_timeout() > now {
+            return;
+        }
+        let due = state.pings.handle_timeout(now, random);
+        for waiter in due.gave_up {
+            let _ = waiter.send(Err(PingFailed::Timeout));
+        }
+        state.counters.timed_out.increment(due.timed_out.len() as u64);
+        for agent in due.timed_out {
+            if state.silent.insert(agent) {
+                tracing::warn!(%agent, "an agent does not answer pings");
+            }
+        }
+        for Ping { peer, txid, .. } in due.pings {
+            match self.net.data_plane.send_ping(peer, txid) {
+                Ok(()) => {}
+                Err(PingUnsent::UnknownPeer | PingUnsent::NoLink | PingUnsent::QueueFull) => {
+                    state.pings.unsent(&txid);
+                    state.counters.unsent.increment(1);
+                }
+            }
+        }
+    }
+
+    fn take_pong(&self, state: &mut State, pong: Pong) {
+        let txid: &TxId = &pong.txid;
+        let Some(answer) = state.pings.handle_pong(txid, &pong.peer, pong.received_at) else { return };
+        let report = ping::report(
+            answer.latency,
+            pong.region,
+            &self.net.relay_map.get(),
+            *self.net.home.get(),
+            &self.net.latencies.get(),
+        );
+        state.counters.count(&report);
+        if state.silent.remove(&answer.agent) {
+            tracing::info!(agent = %answer.agent, "an agent answers pings again");
+        }
+        for waiter in answer.waiters {
+            let _ = waiter.send(Ok(report.clone()));
+        }
+        let pinged = registry::Message::Pinged { agent: answer.agent, report };
+        if let Err(error) = self.net.registry.try_send(pinged) {
+            // The next tick has a newer result.
+            tracing::debug!(%error, "the result of a ping is not recorded");
+        }
+    }
+}
+
+impl State {
+    fn set_alarm(&mut self, context: &Context<Message>) {
+        let due = self.pings.poll_timeout();
+        if self.alarm.as_ref().is_some_and(|(at, task)| *at == due && !task.is_finished()) {
+            return;
+        }
+        let me = context.me.clone();
+        let task = context.tasks.spawn(async move {
+            tokio::time::sleep_until(due.into()).await;
+            let _ = me.send(Message::Due).await;
+        });
+        if let Some((_, old)) = self.alarm.replace((due, task)) {
+            old.abort();
+        }
+    }
+}
+
+impl Counters {
+    fn new() -> Self {
+        let result = |result: &'static str| counter!(names::PINGS, "result" => result);
+        let path = |path: &'static str| histogram!(names::PING_DURATION, "connection_type" => path);
+        Self {
+            answered: result("ok"),
+            timed_out: result("timeout"),
+            unsent: result("unsent"),
+            relayed: path("derp"),
+            direct: path("p2p"),
+        }
+    }
+
+    fn count(&self, report: &PingReport) {
+        self.answered.increment(1);
+        let histogram = if report.direct { &self.direct } else { &self.relayed };
+        histogram.record(report.latency);
+    }
+}
+
+impl From<PingRefused> for PingFailed {
+    fn from(refused: PingRefused) -> Self {
+        match refused {
+            PingRefused::NoPeer => Self::NoPeer,
+            PingRefused::Busy => Self::Busy,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+    use warren_core::{
+        coordination::{NetworkMap, Peer},
+        relay_map::RegionId,
+    };
+    use warren_proto::key::{DiscoPublic, NodePublic};
+
+    use super::*;
+    use crate::{facts::NetworkOwner, relay::tests::net, runtime::Tasks};
+
+    #[tokio::test]
+    async fn an_agent_that_is_not_programmed_is_not_pinged_and_the_asker_hears_why() {
+        let mut setting = Setting::new().await;
+        let (reply, answer) = oneshot::channel();
+        let agent = Uuid::from_u128(9);
+        setting.hear(Message::PingNow { agent, limit: Duration::from_secs(1), reply }).await;
+        assert_eq!(answer.await.unwrap(), Err(PingFailed::NoPeer));
+    }
+
+    #[tokio::test]
+    async fn an_asker_whose_agent_vanishes_hears_so_at_once() {
+        let mut setting = Setting::new().await;
+        setting.set_peers(&[1]).await;
+        let (reply, answer) = oneshot::channel();
+        setting.hear(Message::PingNow { agent: Uuid::from_u128(1), limit: MAX_WAIT, reply }).await;
+        setting.set_peers(&[]).await;
+        assert_eq!(answer.await.unwrap(), Err(PingFailed::NoPeer));
+    }
+
+    #[tokio::test]
+    async fn an_asker_waits_no_longer_than_he_wants() {
+        let mut setting = Setting::new().await;
+        setting.set_peers(&[1]).await;
+        let (reply, answer) = oneshot::channel();
+        setting.hear(Message::PingNow { agent: Uuid::from_u128(1), limit: Duration::ZERO, reply }).await;
+        assert_eq!(answer.await.unwrap(), Err(PingFailed::Timeout));
+    }
+
+    #[tokio::test]
+    async fn a_pong_that_nobody_asked_for_is_no_result() {
+        let mut setting = Setting::new().await;
+        setting.set_peers(&[1]).await;
+        let pong =
+            Pong { peer: key(1), txid: [7; 12], region: Some(RegionId(1)), received_at: Instant::now() };
+        setting.hear(Message::Pong(pong)).await;
+        assert!(setting.state.silent.is_empty());
+        assert_eq!(setting.part.net.registry.depth(), 0);
+    }
+
+    struct Setting {
+        part: Pinger,
+        context: Context<Message>,
+        state: State,
+    }
+
+    impl Setting {
+        async fn new() -> Self {
+            let net = Arc::new(net(NetworkOwner::Nobody));
+            let context = Context { me: net.pinger.clone(), tasks: Tasks::default() };
+            let part = Pinger::new(net);
+            let state = part.start(&context).await.unwrap();
+            Self { part, context, state }
+        }
+
+        async fn hear(&mut self, message: Message) {
+            self.part.handle(&self.context, &mut self.state, message).await.unwrap();
+        }
+
+        async fn set_peers(&mut self, ids: &[u8]) {
+            let peer = |id: &u8| Peer {
+                node_key: key(*id),
+                disco_key: DiscoPublic([1; 32]),
+                home: RegionId(1),
+                addresses: Vec::new(),
+                keepalive: false,
+            };
+            let peers = ids.iter().map(|id| (Uuid::from_u128(u128::from(*id)), peer(id))).collect();
+            self.part.net.network_map.claim().unwrap().set(NetworkMap { peers });
+            self.hear(Message::PeersChanged).await;
+        }
+    }
+
+    fn key(id: u8) -> NodePublic {
+        NodePublic([id; 32])
+    }
+}

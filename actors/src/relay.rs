@@ -1,0 +1,590 @@
+//! The relay: which regions we hold links to, which of them is our home, and how far each is.
+//!
+//! It only decides. Links dial, log in and reconnect by themselves in the data plane, and stay up when this
+//! part crashes; its successor reads [`DataPlane::links`](crate::data_plane::DataPlane::links) and the cells,
+//! and reconciles. Writes the cells `relays`, `home` and `latencies`.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use http::{HeaderName, HeaderValue};
+use metrics::{Gauge, gauge};
+use secrecy::ExposeSecret;
+use warren_core::{
+    home::{HomeLink, Homes, RegionLatency, Report},
+    relay_map::{Region, RegionId, RelayMap},
+};
+use warren_observability::names;
+
+use crate::{
+    data_plane::{LinkChange, LinkInfo, LinkTarget},
+    facts::{Net, RelayLink},
+    pinger,
+    runtime::{CellWriter, Context, Part, PartError},
+};
+
+pub(crate) mod frames;
+mod latency;
+pub mod link;
+pub(crate) mod queue;
+pub mod request;
+
+use latency::Probe;
+pub use latency::Stage;
+use request::Headers;
+
+/// A link that nobody needs is closed when nothing was sent through it for this long (tailnet-data 4).
+const IDLE_LIMIT: Duration = Duration::from_secs(60);
+/// How often idle links and measurements that are due are looked for.
+const TICK: Duration = Duration::from_secs(5);
+/// How often latency is measured while there are peers.
+const MEASURE_PERIOD: Duration = Duration::from_secs(25);
+/// How often at most: a link that is lost causes a measurement out of turn.
+const LEAST_MEASURE_PERIOD: Duration = Duration::from_secs(5);
+/// A home whose link was silent for longer is not healthy (tailnet-data 8.6).
+const HEALTHY_SILENCE: Duration = Duration::from_secs(120);
+
+/// Links at the same time, home first. Each holds up to 1.5 MB; deployments have a handful of regions.
+const MAX_LINKS: usize = 32;
+
+const TOKEN_HEADER: HeaderName = HeaderName::from_static("coder-session-token");
+
+/// What the relay hears.
+#[derive(Debug)]
+pub enum Message {
+    /// A link became something else; what is in [`DataPlane::links`](crate::data_plane::DataPlane::links).
+    LinkChanged {
+        /// Its region.
+        region: RegionId,
+        /// What it became.
+        change: LinkChange,
+    },
+    /// The relay map or the network map changed; which is in the cells.
+    MapChanged,
+    /// A measurement of its own has results.
+    Measured {
+        /// Which measurement; an older one than the present is ignored.
+        generation: u64,
+        /// How much of it this is.
+        stage: Stage,
+        /// The results.
+        report: Report,
+    },
+    /// Time passes.
+    Tick,
+    /// The network may have changed: asks every link whether it is alive, and measures anew.
+    NetworkChanged,
+}
+
+/// The part.
+pub struct RelayPart {
+    net: Arc<Net>,
+}
+
+/// One incarnation of the part.
+pub struct State {
+    homes: Homes,
+    map: Arc<RelayMap>,
+    relays: CellWriter<BTreeMap<RegionId, RelayLink>>,
+    home: CellWriter<Option<RegionId>>,
+    latencies: CellWriter<BTreeMap<RegionId, RegionLatency>>,
+    /// Counts measurements.
+    generation: u64,
+    measured_at: Option<Instant>,
+    is_measuring: bool,
+    gauges: BTreeMap<RegionId, Gauges>,
+}
+
+struct Gauges {
+    is_connected: Gauge,
+    latency: Gauge,
+}
+
+impl Part for RelayPart {
+    type Message = Message;
+    type State = State;
+
+    async fn start(&self, context: &Context<Message>) -> Result<State, PartError> {
+        let home = self.net.home.claim()?;
+        let state = State {
+            homes: Homes::new(*home.get(), self.seed()),
+            map: Arc::default(),
+            relays: self.net.relays.claim()?,
+            home,
+            latencies: self.net.latencies.claim()?,
+            generation: 0,
+            measured_at: None,
+            is_measuring: false,
+            gauges: BTreeMap::new(),
+        };
+        self.watch(context);
+        Ok(state)
+    }
+
+    async fn handle(
+        &self,
+        context: &Context<Message>,
+        state: &mut State,
+        message: Message,
+    ) -> Result<(), PartError> {
+        match message {
+            Message::MapChanged => self.take_maps(context, state),
+            Message::LinkChanged { change, .. } => {
+                self.publish(state);
+                match change {
+                    LinkChange::Up => {
+                        // If this is lost, silent agents are pinged again soon.
+                        let _ = self.net.pinger.try_send(pinger::Message::PathUp);
+                    }
+                    LinkChange::Down if state.may_measure(LEAST_MEASURE_PERIOD) => {
+                        self.measure(context, state);
+                    }
+                    LinkChange::Dialing | LinkChange::Down | LinkChange::Closed => {}
+                }
+            }
+            Message::Measured { generation, stage, report } if generation == state.generation => {
+                self.take_report(state, stage, &report);
+            }
+            Message::Measured { .. } => {}
+            Message::Tick => {
+                self.reconcile(state);
+                let is_in_use = !self.net.network_map.get().peers.is_empty();
+                if is_in_use && state.may_measure(MEASURE_PERIOD) {
+                    self.measure(context, state);
+                }
+            }
+            Message::NetworkChanged => {
+                self.net.data_plane.probe_links();
+                self.measure(context, state);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl RelayPart {
+    /// For one Boot.
+    pub fn new(net: Arc<Net>) -> Self {
+        Self { net }
+    }
+
+    /// Where nothing was measured, a choice that is the same for the life of our key.
+    fn seed(&self) -> u64 {
+        let key = self.net.identity.node.public();
+        key.0.first_chunk().map_or(0, |bytes| u64::from_be_bytes(*bytes))
+    }
+
+    fn watch(&self, context: &Context<Message>) {
+        let (mut map, me) = (self.net.relay_map.view(), context.me.clone());
+        context.tasks.spawn(async move {
+            while map.changed().await.is_some() && me.send(Message::MapChanged).await.is_ok() {}
+        });
+        let (mut map, me) = (self.net.network_map.view(), context.me.clone());
+        context.tasks.spawn(async move {
+            while map.changed().await.is_some() && me.send(Message::MapChanged).await.is_ok() {}
+        });
+        let me = context.me.clone();
+        context.tasks.spawn(async move {
+            let mut ticks = tokio::time::interval(TICK);
+            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            loop {
+                ticks.tick().await;
+                if me.send(Message::Tick).await.is_err() {
+                    return;
+                }
+            }
+        });
+    }
+
+    fn take_maps(&self, context: &Context<Message>, state: &mut State) {
+        let map = self.net.relay_map.get();
+        let has_changed = !state.map.difference(&map).is_empty() || state.map.scores != map.scores;
+        state.map = map;
+        if has_changed {
+            state.homes.handle_map(&state.map);
+        }
+        self.settle(state);
+        if has_changed {
+            self.measure(context, state);
+        }
+    }
+
+    fn take_report(&self, state: &mut State, stage: Stage, report: &Report) {
+        // The first answers only serve who has no home yet: it would be unfair to the slower ones.
+        if stage == Stage::First && state.homes.home().is_some() {
+            return;
+        }
+        let link = self.home_link(state.homes.home());
+        state.homes.handle_report(Instant::now(), &state.map, report, link);
+        if stage == Stage::Complete {
+            state.is_measuring = false;
+            state.show_latencies(report);
+        }
+        self.settle(state);
+    }
+
+    fn home_link(&self, home: Option<RegionId>) -> HomeLink {
+        let info = home.and_then(|home| self.net.data_plane.links().remove(&home));
+        let is_healthy =
+            |info: LinkInfo| matches!(info.state, RelayLink::Up { .. }) && info.silent < HEALTHY_SILENCE;
+        if info.is_some_and(is_healthy) { HomeLink::Healthy } else { HomeLink::Unhealthy }
+    }
+
+    /// Makes home and links what they should be, and tells how they are.
+    fn settle(&self, state: &mut State) {
+        let home = state.homes.home();
+        if let Some(home) = home {
+            self.net.data_plane.prefer_link(home);
+        }
+        self.reconcile(state);
+        if state.home.set_if_changed(home) {
+            tracing::info!(home = home.map(|home| home.0), "the home relay region is chosen");
+        }
+    }
+
+    fn reconcile(&self, state: &mut State) {
+        let wanted = self.wanted(state);
+        let home = state.homes.home();
+        let (homes, others): (Vec<&Region>, Vec<&Region>) = state
+            .map
+            .relay_regions()
+            .filter(|region| wanted.contains(&region.id))
+            .partition(|region| home == Some(region.id));
+        for region in homes.into_iter().chain(others).take(MAX_LINKS) {
+            self.net.data_plane.ensure_link(self.target(region));
+        }
+        for (id, info) in self.net.data_plane.links() {
+            let is_relay = state.map.relay_regions().any(|region| region.id == id);
+            if !is_relay || (!wanted.contains(&id) && info.idle >= IDLE_LIMIT) {
+                self.net.data_plane.close_link(id);
+            }
+        }
+        self.publish(state);
+    }
+
+    /// Our home, and where peers listen: they are reached in their own regions.
+    fn wanted(&self, state: &State) -> BTreeSet<RegionId> {
+        let network = self.net.network_map.get();
+        network.peers.values().map(|peer| peer.home).chain(state.homes.home()).collect()
+    }
+
+    fn target(&self, region: &Region) -> LinkTarget {
+        LinkTarget {
+            region: region.id,
+            nodes: region.relays().cloned().collect(),
+            headers: self.headers(region),
+        }
+    }
+
+    /// The deployment's own relays get what the deployment's other requests get; nobody else sees it.
+    fn headers(&self, region: &Region) -> Headers {
+        if !region.embedded {
+            return Headers::new();
+        }
+        let token = (TOKEN_HEADER, self.net.boot.token.expose_secret());
+        let extra = self.net.boot.headers.iter();
+        let extra = extra.filter_map(|(name, value)| Some((name.parse().ok()?, value.expose_secret())));
+        let secret = |(name, value): (HeaderName, &str)| {
+            let mut value = HeaderValue::from_str(value).ok()?;
+            value.set_sensitive(true);
+            Some((name, value))
+        };
+        extra.chain([token]).filter_map(secret).collect()
+    }
+
+    fn publish(&self, state: &mut State) {
+        let links: BTreeMap<RegionId, RelayLink> =
+            self.net.data_plane.links().into_iter().map(|(region, info)| (region, info.state)).collect();
+        for region in links.keys() {
+            state.gauges(*region);
+        }
+        for (region, gauges) in &state.gauges {
+            let is_up = matches!(links.get(region), Some(RelayLink::Up { .. }));
+            gauges.is_connected.set(if is_up { 1.0 } else { 0.0 });
+        }
+        state.relays.set_if_changed(links);
+    }
+
+    fn measure(&self, context: &Context<Message>, state: &mut State) {
+        let probe = |region: &Region| Probe {
+            region: region.id,
+            nodes: region.relays().cloned().collect(),
+            headers: self.headers(region),
+        };
+        let probes: Vec<Probe> = state.map.relay_regions().map(probe).collect();
+        if probes.is_empty() {
+            return;
+        }
+        state.generation += 1;
+        state.measured_at = Some(Instant::now());
+        state.is_measuring = true;
+        let (generation, me) = (state.generation, context.me.clone());
+        let dialer = Arc::clone(self.net.data_plane.dialer());
+        context.tasks.spawn(async move {
+            let hand_over = |stage, report| {
+                let me = me.clone();
+                // A part that is down measures anew when it is back.
+                async move { me.send(Message::Measured { generation, stage, report }).await.unwrap_or_default() }
+            };
+            latency::measure(&dialer, probes, hand_over).await;
+        });
+    }
+}
+
+impl State {
+    /// Whether none is under way and the last one began at least this long ago.
+    fn may_measure(&self, period: Duration) -> bool {
+        !self.is_measuring && self.measured_at.is_none_or(|at| at.elapsed() >= period)
+    }
+
+    fn show_latencies(&mut self, report: &Report) {
+        for (region, latency) in report {
+            if let Some(best) = latency.best() {
+                self.gauges(*region).latency.set(best.as_secs_f64());
+            }
+        }
+        self.latencies.set_if_changed(report.clone());
+    }
+
+    fn gauges(&mut self, region: RegionId) -> &Gauges {
+        self.gauges.entry(region).or_insert_with(|| Gauges {
+            is_connected: gauge!(names::DERP_CONNECTED, "region" => region.to_string()),
+            latency: gauge!(names::DERP_LATENCY, "region" => region.to_string()),
+        })
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::net::Ipv6Addr;
+
+    use secrecy::SecretString;
+    use uuid::Uuid;
+    use warren_core::{
+        coordination::{NetworkMap, Peer},
+        relay_map::Node,
+    };
+    use warren_proto::key::{DiscoPrivate, NodePrivate, NodePublic};
+
+    use super::*;
+    use crate::{
+        data_plane::{DataPlane, DataPlaneConfig, Events, Pong},
+        dial::{DialOptions, Dialer},
+        facts::{Boot, Identity, LinkState, NetworkOwner},
+        runtime::{Address, Cell, Tasks},
+    };
+
+    #[tokio::test]
+    async fn the_only_region_is_home_at_once_and_gets_a_link() {
+        let mut setting = Setting::new().await;
+        setting.set_map(&[region(999, true)]);
+        setting.hear(Message::MapChanged).await;
+        assert_eq!(*setting.net.home.get(), Some(RegionId(999)));
+        assert_eq!(setting.links(), [RegionId(999)]);
+        assert!(setting.net.relays.get().contains_key(&RegionId(999)));
+    }
+
+    #[tokio::test]
+    async fn among_several_regions_the_first_report_chooses_and_a_later_one_needs_a_reason() {
+        let mut setting = Setting::new().await;
+        setting.set_map(&[region(1, false), region(2, false)]);
+        setting.hear(Message::MapChanged).await;
+        assert_eq!(*setting.net.home.get(), None);
+        setting.measured(Stage::First, &[(2, 50)]).await;
+        assert_eq!(*setting.net.home.get(), Some(RegionId(2)));
+        setting.measured(Stage::First, &[(1, 1)]).await;
+        assert_eq!(*setting.net.home.get(), Some(RegionId(2)), "a first report does not move a home");
+        setting.measured(Stage::Complete, &[(1, 1), (2, 50)]).await;
+        assert_eq!(*setting.net.home.get(), Some(RegionId(1)));
+        assert_eq!(setting.net.latencies.get().len(), 2);
+    }
+
+    #[tokio::test]
+    async fn the_results_of_an_older_measurement_are_ignored() {
+        let mut setting = Setting::new().await;
+        setting.set_map(&[region(1, false), region(2, false)]);
+        setting.hear(Message::MapChanged).await;
+        setting.hear(Message::NetworkChanged).await;
+        let old = setting.state.generation - 1;
+        setting
+            .hear(Message::Measured { generation: old, stage: Stage::Complete, report: report(&[(1, 5)]) })
+            .await;
+        assert_eq!(*setting.net.home.get(), None);
+    }
+
+    #[tokio::test]
+    async fn peers_are_reached_in_their_own_regions_and_only_in_those_that_have_a_relay() {
+        let mut setting = Setting::new().await;
+        let mut stun_only = region(3, false);
+        stun_only.nodes.iter_mut().for_each(|node| node.stun_only = true);
+        setting.set_map(&[region(1, false), region(2, false), stun_only]);
+        setting.set_peers(&[2, 3, 4]);
+        setting.hear(Message::MapChanged).await;
+        assert_eq!(setting.links(), [RegionId(2)]);
+        setting.measured(Stage::Complete, &[(1, 5)]).await;
+        assert_eq!(setting.links(), [RegionId(1), RegionId(2)]);
+    }
+
+    #[tokio::test]
+    async fn the_link_to_a_region_that_vanished_is_closed_and_one_that_is_merely_unused_is_kept_for_a_while()
+    {
+        let mut setting = Setting::new().await;
+        setting.set_map(&[region(1, false), region(2, false)]);
+        setting.set_peers(&[1, 2]);
+        setting.hear(Message::MapChanged).await;
+        setting.set_peers(&[]);
+        setting.hear(Message::MapChanged).await;
+        assert_eq!(setting.links(), [RegionId(1), RegionId(2)]);
+        setting.set_map(&[region(1, false)]);
+        setting.hear(Message::MapChanged).await;
+        assert_eq!(setting.links(), [RegionId(1)]);
+    }
+
+    #[tokio::test]
+    async fn only_the_deployments_own_relays_see_token_and_headers() {
+        let setting = Setting::new().await;
+        assert!(setting.part.headers(&region(1, false)).is_empty());
+        let headers = setting.part.headers(&region(1, true));
+        let shown: Vec<_> =
+            headers.iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())).collect();
+        assert_eq!(shown, [("x-extra", "yes"), ("coder-session-token", "secret-token")]);
+        assert!(headers.iter().all(|(_, value)| value.is_sensitive()));
+        assert!(!format!("{:?}", setting.part.target(&region(1, true))).contains("secret-token"));
+    }
+
+    #[tokio::test]
+    async fn a_successor_finds_the_home_and_the_links_of_its_predecessor() {
+        let mut setting = Setting::new().await;
+        setting.set_map(&[region(1, false), region(2, false)]);
+        setting.hear(Message::MapChanged).await;
+        setting.measured(Stage::Complete, &[(2, 5)]).await;
+        let mut setting = setting.crash().await;
+        setting.hear(Message::MapChanged).await;
+        assert_eq!(*setting.net.home.get(), Some(RegionId(2)));
+        assert_eq!(setting.links(), [RegionId(2)]);
+    }
+
+    struct Setting {
+        net: Arc<Net>,
+        part: RelayPart,
+        context: Context<Message>,
+        state: State,
+    }
+
+    struct Nobody;
+
+    impl Events for Nobody {
+        fn pong(&self, _: Pong) {}
+        fn link_changed(&self, _: RegionId, _: LinkChange) {}
+        fn handshake(&self, _: NodePublic) {}
+    }
+
+    impl Setting {
+        async fn new() -> Self {
+            Self::with(Arc::new(net(NetworkOwner::Nobody))).await
+        }
+
+        async fn with(net: Arc<Net>) -> Self {
+            let part = RelayPart::new(Arc::clone(&net));
+            let context = Context { me: net.relay.clone(), tasks: Tasks::default() };
+            let state = part.start(&context).await.unwrap();
+            Self { net, part, context, state }
+        }
+
+        async fn crash(self) -> Self {
+            let net = Arc::clone(&self.net);
+            drop(self);
+            Self::with(net).await
+        }
+
+        async fn hear(&mut self, message: Message) {
+            self.part.handle(&self.context, &mut self.state, message).await.unwrap();
+        }
+
+        async fn measured(&mut self, stage: Stage, millis: &[(u16, u64)]) {
+            let generation = self.state.generation;
+            self.hear(Message::Measured { generation, stage, report: report(millis) }).await;
+        }
+
+        fn set_map(&self, regions: &[Region]) {
+            let regions = regions.iter().map(|region| (region.id, region.clone())).collect();
+            self.net.relay_map.claim().unwrap().set(RelayMap { regions, scores: BTreeMap::new() });
+        }
+
+        fn set_peers(&self, homes: &[u16]) {
+            let peer = |home: &u16| Peer {
+                node_key: NodePrivate::generate().public(),
+                disco_key: DiscoPrivate::generate().public(),
+                home: RegionId(*home),
+                addresses: Vec::new(),
+                keepalive: false,
+            };
+            let peers = homes.iter().map(|home| (Uuid::from_u128(u128::from(*home)), peer(home))).collect();
+            self.net.network_map.claim().unwrap().set(NetworkMap { peers });
+        }
+
+        fn links(&self) -> Vec<RegionId> {
+            self.net.data_plane.links().into_keys().collect()
+        }
+    }
+
+    /// What one Boot shares, with nobody at any address.
+    pub(crate) fn net(network: NetworkOwner) -> Net {
+        let (node, disco) = (NodePrivate::generate(), DiscoPrivate::generate());
+        let address = Ipv6Addr::new(0xfd60, 0x627a, 0xa42b, 0, 0, 0, 0, 1);
+        let dialer = Arc::new(Dialer::new(DialOptions::default()).unwrap());
+        let config = DataPlaneConfig {
+            node: node.clone(),
+            disco: disco.clone(),
+            address,
+            dialer,
+            events: Arc::new(Nobody),
+        };
+        Net {
+            boot: Arc::new(Boot {
+                generation: 1,
+                url: "http://127.0.0.1:1".parse().unwrap(),
+                token: SecretString::from("secret-token"),
+                headers: vec![
+                    ("x-extra".to_owned(), SecretString::from("yes")),
+                    ("not a name".to_owned(), SecretString::from("no")),
+                    ("x-broken".to_owned(), SecretString::from("a\r\nb")),
+                ],
+                telemetry: None,
+                network,
+            }),
+            identity: Identity { node, disco, address, node_id: 1 },
+            data_plane: DataPlane::start(config).unwrap(),
+            link: Cell::new(LinkState::Connecting),
+            network_map: Cell::new(NetworkMap::default()),
+            relay_map: Cell::new(RelayMap::default()),
+            workspaces: Cell::new(Default::default()),
+            peers: Cell::new(Default::default()),
+            interface: Cell::new(None),
+            host: Cell::new(Default::default()),
+            relays: Cell::new(BTreeMap::new()),
+            home: Cell::new(None),
+            latencies: Cell::new(BTreeMap::new()),
+            coordinator: Address::new("coordinator", 8),
+            registry: Address::new("registry", 8),
+            packet_io: Address::new("packet_io", 8),
+            relay: Address::new("relay", 8),
+            pinger: Address::new("pinger", 8),
+        }
+    }
+
+    fn region(id: u16, embedded: bool) -> Region {
+        let node =
+            Node { host_name: "127.0.0.1".to_owned(), derp_port: 1, force_http: true, ..Node::default() };
+        let (code, name) = (format!("r{id}"), format!("Region {id}"));
+        Region { id: RegionId(id), code, name, embedded, avoid: false, nodes: vec![node] }
+    }
+
+    fn report(millis: &[(u16, u64)]) -> Report {
+        let latency = |millis| RegionLatency { v4: Some(Duration::from_millis(millis)), v6: None };
+        millis.iter().map(|(id, millis)| (RegionId(*id), latency(*millis))).collect()
+    }
+}

@@ -1,0 +1,557 @@
+//! One link to a relay region: a task that dials, logs in, moves frames both ways, notices when the relay
+//! is gone, and dials again (tailnet-data 2 to 4). It belongs to the data plane and ends when it is closed.
+//!
+//! The reader hands packets to [`Inbound`] and never waits for anybody; what it has to answer goes into the
+//! queue that the writer empties.
+
+use std::{
+    fmt,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant, SystemTime},
+};
+
+use http::{HeaderValue, StatusCode, header};
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    sync::Notify,
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+use warren_core::relay_map::{Node, RegionId};
+use warren_proto::{
+    derp::{ClientInfo, DerpError, Frame},
+    key::{NodePublic, random},
+};
+
+use super::{
+    frames::{Frames, Incoming},
+    queue::{Full, Outgoing},
+    request::{self, Headers, RequestError},
+};
+use crate::{
+    data_plane::{LinkChange, Plane, inbound::Inbound},
+    dial::Stream,
+    facts::RelayLink,
+};
+
+/// For everything from the first packet to the login (tailnet-data 2.1).
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+/// For one node of a region, so that another gets its chance.
+const NODE_LIMIT: Duration = Duration::from_secs(4);
+/// A relay that takes nothing for so long is gone.
+const WRITE_LIMIT: Duration = Duration::from_secs(10);
+/// The most that is written at once.
+const WRITE_BYTES: usize = 64 * 1024;
+/// A link that is written to and silent for this long is asked whether it lives.
+const SILENCE: Duration = Duration::from_secs(2);
+/// For the answer.
+const PONG_LIMIT: Duration = Duration::from_secs(3);
+/// A link without any frame for this long is dead, used or not: relays send something every 65 s.
+const SILENCE_LIMIT: Duration = Duration::from_secs(120);
+/// How often silence is looked at.
+const WATCH_PERIOD: Duration = Duration::from_millis(500);
+/// A session that lived so long was a good one: the next back-off begins anew.
+const GOOD_SESSION: Duration = Duration::from_secs(5);
+/// The longest pause between two attempts.
+const MAX_PAUSE: Duration = Duration::from_secs(5);
+/// The longest pause that a relay which restarts may ask for.
+const MAX_RESTART_PAUSE: Duration = Duration::from_secs(30);
+
+/// What a link leads to.
+#[derive(Clone, PartialEq, Eq)]
+pub struct LinkTarget {
+    /// The region.
+    pub region: RegionId,
+    /// Its relays, preferred ones first.
+    pub nodes: Vec<Node>,
+    /// Extra headers of the upgrade request.
+    pub headers: Headers,
+}
+
+impl fmt::Debug for LinkTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LinkTarget")
+            .field("region", &self.region)
+            .field("nodes", &self.nodes)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How a link stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkInfo {
+    /// Its state.
+    pub state: RelayLink,
+    /// How long ago something was sent through it; since it was made, if never.
+    pub idle: Duration,
+    /// How long ago anything came from the relay.
+    pub silent: Duration,
+}
+
+/// A link as others see it. All of it may be used from any thread.
+pub(crate) struct Link {
+    target: LinkTarget,
+    outgoing: Outgoing,
+    state: Mutex<RelayLink>,
+    is_up: AtomicBool,
+    is_preferred: AtomicBool,
+    /// Frames were lost with a session or in a queue that was given up.
+    has_lost: AtomicBool,
+    made: tokio::time::Instant,
+    /// Microseconds since `made`: coarser, an answer would seem to be as old as its question.
+    used: AtomicU64,
+    heard: AtomicU64,
+    probe: Notify,
+    token: CancellationToken,
+}
+
+impl Link {
+    /// A link that [`serve`] is going to keep up until `token` is cancelled.
+    pub(crate) fn new(target: LinkTarget, token: CancellationToken) -> Self {
+        Self {
+            target,
+            outgoing: Outgoing::default(),
+            state: Mutex::new(RelayLink::Dialing),
+            is_up: AtomicBool::new(false),
+            is_preferred: AtomicBool::new(false),
+            has_lost: AtomicBool::new(false),
+            made: tokio::time::Instant::now(),
+            used: AtomicU64::new(0),
+            heard: AtomicU64::new(0),
+            probe: Notify::new(),
+            token,
+        }
+    }
+
+    /// The region it leads to.
+    pub(crate) fn region(&self) -> RegionId {
+        self.target.region
+    }
+
+    /// Whether it leads to just this.
+    pub(crate) fn is_like(&self, target: &LinkTarget) -> bool {
+        self.target == *target
+    }
+
+    /// Whether it is logged in.
+    pub(crate) fn is_up(&self) -> bool {
+        self.is_up.load(Ordering::Relaxed)
+    }
+
+    /// How it stands.
+    pub(crate) fn info(&self) -> LinkInfo {
+        let (now, since) = (self.now(), |at: &AtomicU64| Duration::from_micros(at.load(Ordering::Relaxed)));
+        LinkInfo {
+            state: self.lock_state().clone(),
+            idle: now.saturating_sub(since(&self.used)),
+            silent: now.saturating_sub(since(&self.heard)),
+        }
+    }
+
+    /// Ends it.
+    pub(crate) fn close(&self) {
+        self.is_up.store(false, Ordering::Relaxed);
+        self.token.cancel();
+    }
+
+    /// What ends with it.
+    pub(crate) fn token(&self) -> CancellationToken {
+        self.token.clone()
+    }
+
+    /// Asks the relay at once whether it is there; ends a pause between two attempts.
+    pub(crate) fn probe(&self) {
+        self.probe.notify_one();
+    }
+
+    /// Tells the relay whether it is our home.
+    pub(crate) fn prefer(&self, is_preferred: bool) {
+        let was_preferred = self.is_preferred.swap(is_preferred, Ordering::Relaxed);
+        if was_preferred != is_preferred && self.is_up() {
+            let _ = self.outgoing.control(&Frame::NotePreferred(is_preferred).encode());
+        }
+    }
+
+    /// The queue, to seal packets in. Whoever did calls [`Self::wake`].
+    pub(crate) fn outgoing(&self) -> &Outgoing {
+        &self.outgoing
+    }
+
+    /// Tells the writer that there is something to write.
+    pub(crate) fn wake(&self) {
+        self.used.store(micros(self.now()), Ordering::Relaxed);
+        self.outgoing.wake();
+    }
+
+    /// Sends one packet to a peer.
+    pub(crate) fn send(&self, to: &NodePublic, packet: &[u8]) -> Result<(), Full> {
+        self.used.store(micros(self.now()), Ordering::Relaxed);
+        self.outgoing.send(to, packet)
+    }
+
+    /// Whether frames were lost; only once.
+    pub(crate) fn take_lost(&self) -> bool {
+        self.has_lost.swap(false, Ordering::Relaxed)
+    }
+
+    fn now(&self) -> Duration {
+        self.made.elapsed()
+    }
+
+    fn note_heard(&self) {
+        self.heard.store(micros(self.now()), Ordering::Relaxed);
+    }
+
+    fn lock_state(&self) -> std::sync::MutexGuard<'_, RelayLink> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn become_state(&self, plane: &Plane, state: RelayLink) {
+        let change = match &state {
+            RelayLink::Dialing => LinkChange::Dialing,
+            RelayLink::Up { .. } => LinkChange::Up,
+            RelayLink::Down { .. } => LinkChange::Down,
+        };
+        self.is_up.store(change == LinkChange::Up && !self.token.is_cancelled(), Ordering::Relaxed);
+        *self.lock_state() = state;
+        plane.events.link_changed(self.region(), change);
+    }
+}
+
+/// Why a link is not up.
+#[derive(Debug, thiserror::Error)]
+enum LinkError {
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    #[error(
+        "the relay answers {0} instead of upgrading; it may want WebSocket, which is not spoken here yet"
+    )]
+    Refused(StatusCode),
+    #[error("the relay answers {0} instead of upgrading")]
+    Status(StatusCode),
+    #[error("the upgrade failed: {0}")]
+    Upgrade(hyper::Error),
+    #[error("{0}")]
+    Frame(#[from] DerpError),
+    #[error("the connection failed: {0}")]
+    Io(#[from] std::io::Error),
+    #[error("the relay closed the connection")]
+    Closed,
+    #[error("the relay takes nothing any more")]
+    Stuck,
+    #[error("the relay does not answer any more")]
+    Silent,
+    #[error("the relay restarts")]
+    Restarting(Duration),
+    #[error("the login took longer than {} seconds", .0.as_secs())]
+    Login(Duration),
+}
+
+/// Keeps a link up until it is closed.
+pub(crate) async fn serve(plane: Arc<Plane>, link: Arc<Link>) {
+    let mut failures = 0;
+    loop {
+        link.become_state(&plane, RelayLink::Dialing);
+        let begun = Instant::now();
+        let error = match connect(&plane, &link).await {
+            Ok((stream, frames)) => {
+                link.become_state(&plane, RelayLink::Up { since: SystemTime::now() });
+                tracing::info!(region = %link.region(), "a relay link is up");
+                plane.link_up(&link);
+                let Err(error) = run(&plane, &link, stream, frames).await;
+                error
+            }
+            Err(error) => {
+                // What waits for a relay that cannot be reached is too old once it can.
+                link.outgoing.clear();
+                error
+            }
+        };
+        link.has_lost.store(true, Ordering::Relaxed);
+        link.become_state(&plane, RelayLink::Down { error: error.to_string() });
+        plane.forget_routes(link.region());
+        failures = if begun.elapsed() >= GOOD_SESSION { 1 } else { failures + 1 };
+        let pause = match error {
+            LinkError::Restarting(pause) => pause.min(MAX_RESTART_PAUSE),
+            _ => pause(failures, rand::random()),
+        };
+        tracing::info!(region = %link.region(), %error, ?pause, "a relay link is down");
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = link.probe.notified() => {}
+        }
+    }
+}
+
+/// The pause after so many failures in a row; `random` is 0 to 1 (tailnet-data 4).
+fn pause(failures: u32, random: f64) -> Duration {
+    let base = Duration::from_millis(10).saturating_mul(failures.saturating_mul(failures));
+    base.min(MAX_PAUSE).mul_f64(0.5 + random).min(MAX_PAUSE)
+}
+
+/// A connection that is logged in, and what of it was read already.
+async fn connect(plane: &Plane, link: &Link) -> Result<(TokioIo<Upgraded>, Frames), LinkError> {
+    let attempt = async {
+        let stream = upgrade(plane, &link.target).await?;
+        let mut stream = TokioIo::new(stream);
+        let frames = log_in(plane, link, &mut stream).await?;
+        Ok((stream, frames))
+    };
+    timeout(CONNECT_LIMIT, attempt).await.unwrap_or(Err(LinkError::Login(CONNECT_LIMIT)))
+}
+
+async fn upgrade(plane: &Plane, target: &LinkTarget) -> Result<Upgraded, LinkError> {
+    let mut first_error = None;
+    for node in &target.nodes {
+        match upgrade_at(plane, node, &target.headers).await {
+            Ok(upgraded) => return Ok(upgraded),
+            Err(error) => first_error = first_error.or(Some(error)),
+        }
+    }
+    Err(first_error.unwrap_or(RequestError::NoRelay.into()))
+}
+
+async fn upgrade_at(plane: &Plane, node: &Node, headers: &Headers) -> Result<Upgraded, LinkError> {
+    let stream: Stream =
+        plane.dialer.connect(&request::target(node), NODE_LIMIT).await.map_err(RequestError::from)?;
+    let mut request = request::get(node, "/derp", headers)?;
+    request.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("DERP"));
+    request.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    let response = request::send(stream, request).await?;
+    match response.status() {
+        StatusCode::SWITCHING_PROTOCOLS => hyper::upgrade::on(response).await.map_err(LinkError::Upgrade),
+        status if status.is_client_error() => Err(LinkError::Refused(status)),
+        status => Err(LinkError::Status(status)),
+    }
+}
+
+/// Logs in (tailnet-data 3.2).
+async fn log_in<S>(plane: &Plane, link: &Link, stream: &mut S) -> Result<Frames, LinkError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut frames = Frames::default();
+    let Incoming::ServerKey(server) = next(stream, &mut frames).await? else {
+        return Err(DerpError::Greeting.into());
+    };
+    let shared = plane.node.shared(&server);
+    let info = ClientInfo::OURS.seal(&shared, &random());
+    let mut hello = Frame::ClientInfo(plane.node_public, &info).encode();
+    if link.is_preferred.load(Ordering::Relaxed) {
+        hello.extend(Frame::NotePreferred(true).encode());
+    }
+    stream.write_all(&hello).await?;
+    stream.flush().await?;
+    loop {
+        if let Incoming::ServerInfo(sealed) = next(stream, &mut frames).await? {
+            frames.open_server_info(sealed, &shared)?;
+            link.note_heard();
+            return Ok(frames);
+        }
+    }
+}
+
+async fn next<S: AsyncRead + Unpin>(stream: &mut S, frames: &mut Frames) -> Result<Incoming, LinkError> {
+    loop {
+        if let Some(frame) = frames.next()? {
+            return Ok(frame);
+        }
+        fill(stream, frames).await?;
+    }
+}
+
+async fn fill<S: AsyncRead + Unpin>(stream: &mut S, frames: &mut Frames) -> Result<(), LinkError> {
+    let read = stream.read(frames.space()).await?;
+    if read == 0 {
+        return Err(LinkError::Closed);
+    }
+    frames.advance(read);
+    Ok(())
+}
+
+/// Moves frames until something ends it.
+async fn run<S>(
+    plane: &Plane,
+    link: &Link,
+    stream: S,
+    frames: Frames,
+) -> Result<std::convert::Infallible, LinkError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let (read, write) = tokio::io::split(stream);
+    tokio::select! {
+        ended = receive(plane, link, read, frames) => ended,
+        ended = transmit(link, write) => ended,
+        ended = watch(link) => ended,
+    }
+}
+
+async fn receive<R>(
+    plane: &Plane,
+    link: &Link,
+    mut stream: R,
+    mut frames: Frames,
+) -> Result<std::convert::Infallible, LinkError>
+where
+    R: AsyncRead + Unpin,
+{
+    let mut inbound = Inbound::default();
+    loop {
+        // What the login read beyond itself comes first.
+        link.note_heard();
+        while let Some(frame) = frames.next()? {
+            match frame {
+                Incoming::Packet(packet) => inbound.add(packet),
+                other => react(plane, link, &frames, other)?,
+            }
+        }
+        inbound.receive(plane, link, frames.bytes(), Instant::now());
+        // The writer, the TUN and the other links get their turn between two batches.
+        tokio::task::yield_now().await;
+        fill(&mut stream, &mut frames).await?;
+    }
+}
+
+fn react(plane: &Plane, link: &Link, frames: &Frames, frame: Incoming) -> Result<(), LinkError> {
+    match frame {
+        Incoming::Ping(data) => drop(link.outgoing.control(&Frame::Pong(data).encode())),
+        Incoming::PeerGone(key) => {
+            if let Some(peer) = plane.peers.by_key(&key) {
+                peer.forget_region(link.region());
+            }
+        }
+        Incoming::Health(text) => {
+            let problem = frames.text(text);
+            if !problem.is_empty() {
+                tracing::warn!(region = %link.region(), problem, "the relay reports a problem");
+            }
+        }
+        Incoming::Restarting(pause) => return Err(LinkError::Restarting(pause)),
+        Incoming::ServerKey(_) | Incoming::ServerInfo(_) | Incoming::Packet(_) | Incoming::Other => {}
+    }
+    Ok(())
+}
+
+async fn transmit<W>(link: &Link, mut stream: W) -> Result<std::convert::Infallible, LinkError>
+where
+    W: AsyncWrite + Unpin,
+{
+    let mut waiting = super::queue::Frames::default();
+    loop {
+        link.outgoing.take(&mut waiting).await;
+        for chunk in waiting.bytes().chunks(WRITE_BYTES) {
+            timeout(WRITE_LIMIT, stream.write_all(chunk)).await.map_err(|_| LinkError::Stuck)??;
+        }
+        if link.outgoing.is_empty() {
+            timeout(WRITE_LIMIT, stream.flush()).await.map_err(|_| LinkError::Stuck)??;
+        }
+    }
+}
+
+/// Ends when the relay is silent although it should not be.
+async fn watch(link: &Link) -> Result<std::convert::Infallible, LinkError> {
+    let mut asked_at = None;
+    loop {
+        let is_told_to_ask = tokio::select! {
+            () = tokio::time::sleep(WATCH_PERIOD) => false,
+            () = link.probe.notified() => true,
+        };
+        let now = Duration::from_micros(micros(link.now()));
+        let heard = Duration::from_micros(link.heard.load(Ordering::Relaxed));
+        let used = Duration::from_micros(link.used.load(Ordering::Relaxed));
+        let silence = now.saturating_sub(heard);
+        asked_at = asked_at.filter(|asked| heard < *asked);
+        let is_unanswered = asked_at.is_some_and(|asked| now.saturating_sub(asked) >= PONG_LIMIT);
+        if is_unanswered || silence >= SILENCE_LIMIT {
+            return Err(LinkError::Silent);
+        }
+        if asked_at.is_none() && (is_told_to_ask || used > heard && silence >= SILENCE) {
+            let _ = link.outgoing.control(&Frame::Ping(rand::random()).encode());
+            asked_at = Some(now);
+        }
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pause_grows_with_the_square_of_the_failures_up_to_five_seconds() {
+        let at = |failures| pause(failures, 0.5).as_millis();
+        assert_eq!([at(1), at(2), at(10), at(22), at(1000), at(u32::MAX)], [10, 40, 1000, 4840, 5000, 5000]);
+        assert_eq!(pause(10, 0.0), Duration::from_millis(500));
+        assert_eq!(pause(1000, 1.0), MAX_PAUSE);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_link_in_use_is_asked_after_two_silent_seconds_and_given_up_three_later() {
+        let link = link();
+        link.send(&NodePublic([1; 32]), b"packet").unwrap();
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        link.send(&NodePublic([1; 32]), b"packet").unwrap();
+        let begun = tokio::time::Instant::now();
+        let ended = watch(&link).await;
+        assert!(matches!(ended, Err(LinkError::Silent)));
+        assert!((Duration::from_secs(5)..=Duration::from_secs(6)).contains(&begun.elapsed()));
+        assert_eq!(asked(&link), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_link_that_answers_is_kept() {
+        let link = link();
+        let answering = async {
+            loop {
+                tokio::time::sleep(Duration::from_secs(3)).await;
+                link.note_heard();
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                link.send(&NodePublic([1; 32]), b"packet").unwrap();
+            }
+        };
+        let both = async {
+            tokio::select! { ended = watch(&link) => ended, () = answering => unreachable!() }
+        };
+        assert!(timeout(Duration::from_secs(600), both).await.is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_unused_link_is_not_asked_and_given_up_only_after_two_silent_minutes() {
+        let link = link();
+        let begun = tokio::time::Instant::now();
+        assert!(matches!(watch(&link).await, Err(LinkError::Silent)));
+        assert!(begun.elapsed() >= SILENCE_LIMIT);
+        assert_eq!(asked(&link), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_probed_link_is_asked_at_once() {
+        let link = link();
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        link.probe();
+        let begun = tokio::time::Instant::now();
+        assert!(matches!(watch(&link).await, Err(LinkError::Silent)));
+        assert!(begun.elapsed() <= PONG_LIMIT + WATCH_PERIOD);
+        assert_eq!(asked(&link), 1);
+    }
+
+    fn link() -> Link {
+        let target = LinkTarget { region: RegionId(1), nodes: Vec::new(), headers: Headers::new() };
+        Link::new(target, CancellationToken::new())
+    }
+
+    /// How many pings wait to be sent.
+    fn asked(link: &Link) -> usize {
+        let queue = link.outgoing.lock();
+        queue.bytes().windows(5).filter(|window| window == &[0x12, 0, 0, 0, 8]).count()
+    }
+}

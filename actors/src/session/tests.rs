@@ -1,0 +1,955 @@
+use std::{
+    collections::BTreeMap,
+    net::Ipv6Addr,
+    sync::LazyLock,
+    time::{Duration, SystemTime},
+};
+
+use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex, split};
+use tokio::sync::Notify;
+use uuid::Uuid;
+use warren_core::{
+    coordination::NetworkMap,
+    relay_map::{RegionId, RelayMap},
+    roster::{AgentEntry, Snapshot, WorkspaceEntry, Workspaces},
+};
+use warren_proto::{
+    frame::{self, Decoder, MAX_FRAME},
+    header::Role,
+    key::{DiscoPrivate, NodePrivate, NodePublic},
+    vpn::{ManagerMessage, Rpc, TunnelMessage},
+};
+
+use super::*;
+use crate::{
+    data_plane::{DataPlane, DataPlaneConfig, Events, LinkChange, Pong},
+    dial::{DialOptions, Dialer},
+    facts::{Identity, InterfaceConfig, LinkState},
+    runtime::{Running, starter},
+    speaker::Speaker,
+};
+
+const MANAGER_LINE: &[u8] = b"codervpn manager 1.3\n";
+const UP: LinkState = LinkState::Up { since: SystemTime::UNIX_EPOCH };
+const DESCRIPTOR: i32 = 9;
+/// Longer than any limit of the session.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+mod starting {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_start_is_answered_when_the_link_is_up_and_not_before() {
+        let mut rig = Rig::new().await;
+        rig.send(1, start(0)).await;
+        let net = rig.net().await;
+        rig.expect_silence().await;
+        net.link.claim().unwrap().set(UP);
+        assert_eq!(rig.frame().await, answer(1, started()));
+        assert!(matches!(rig.phase().await, Phase::Running { .. }));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_manager_that_owns_the_network_is_asked_and_must_agree_first() {
+        let mut rig = Rig::new().await;
+        rig.send(1, start(DESCRIPTOR)).await;
+        let net = rig.net().await;
+        net.link.claim().unwrap().set(UP);
+        net.interface.claim().unwrap().set(Some(interface(1280)));
+        let (id, request) = rig.settings_request().await;
+        assert_eq!((id, request.mtu), (1, 1280));
+        assert_eq!(request.ipv6_settings.unwrap().included_routes[0].prefix_length, 48);
+        rig.expect_silence().await;
+        rig.respond(id, agreed()).await;
+        assert_eq!(rig.frame().await, answer(1, started()));
+        assert_eq!(net.host.get().applied, Some(interface(1280)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn settings_that_the_manager_refuses_fail_the_start() {
+        for (reply, error) in [
+            (refused("nein"), "network settings failed: nein"),
+            (
+                manager_message::Msg::Wake(vpn::WakeRequest {}),
+                "network settings failed: the manager gave an answer of another kind",
+            ),
+        ] {
+            let mut rig = Rig::new().await;
+            rig.send(1, start(DESCRIPTOR)).await;
+            let net = rig.net().await;
+            net.link.claim().unwrap().set(UP);
+            net.interface.claim().unwrap().set(Some(interface(1280)));
+            let (id, _) = rig.settings_request().await;
+            rig.respond(id, reply).await;
+            assert_eq!(rig.frame().await, answer(1, not_started(error)));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_bad_start_is_refused_at_once_and_leaves_the_session_idle() {
+        let mut rig = Rig::new().await;
+        rig.send(1, manager_message::Msg::Start(vpn::StartRequest::default())).await;
+        assert_eq!(rig.frame().await, answer(1, not_started("missing coder url")));
+        rig.send(2, wake()).await;
+        assert_eq!(rig.frame().await, answer(2, woken()));
+        assert_eq!(rig.phase().await, Phase::Idle);
+        assert!(rig.deps.boot.get().is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_second_start_is_refused_and_does_not_disturb_the_first() {
+        let mut rig = Rig::started().await;
+        rig.send(2, start(0)).await;
+        assert_eq!(rig.frame().await, answer(2, not_started("tunnel is already running")));
+        assert!(rig.deps.boot.get().is_some());
+        assert!(matches!(rig.phase().await, Phase::Running { .. }));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refused_start_leaves_nothing_and_can_be_tried_again() {
+        let mut rig = Rig::new().await;
+        rig.send(1, start(0)).await;
+        let net = rig.net().await;
+        net.link.claim().unwrap().set(LinkState::Refused { error: "log in again".into() });
+        assert_eq!(rig.frame().await, answer(1, not_started("failed to start connection: log in again")));
+        assert!(rig.deps.boot.get().is_none() && rig.deps.net.get().is_none());
+
+        rig.send(2, start(0)).await;
+        let net = rig.net().await;
+        assert_eq!(net.boot.generation, 2);
+        net.link.claim().unwrap().set(UP);
+        assert_eq!(rig.frame().await, answer(2, started()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_start_without_success_tells_at_its_deadline_what_it_waited_for() {
+        let mut rig = Rig::new().await;
+        let begun = Instant::now();
+        rig.send(1, start(0)).await;
+        let waiting =
+            LinkState::Waiting { error: "no route to host".into(), retry_in: Duration::from_secs(1) };
+        rig.net().await.link.claim().unwrap().set(waiting);
+        let error = "failed to start connection: no success within 30s: no route to host";
+        assert_eq!(rig.frame().await, answer(1, not_started(error)));
+        assert!(begun.elapsed() >= START_LIMIT);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_start_is_answered_even_if_nothing_is_ever_built() {
+        let mut rig = Rig::without_root().await;
+        rig.send(1, start(0)).await;
+        let vpn::StartResponse { success, error_message } = rig.start_response(1).await;
+        assert!(!success && error_message.contains("did not come up"), "{error_message}");
+    }
+}
+
+mod stopping {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stop_is_valid_before_any_start_and_its_answer_is_the_last_frame() {
+        let mut rig = Rig::new().await;
+        rig.send(1, stop()).await;
+        assert_eq!(rig.frame().await, answer(1, stopped()));
+        rig.expect_end().await;
+        assert_eq!(rig.deps.stream.ended().await, Ended::Stopped);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stop_is_answered_when_the_net_is_gone() {
+        let mut rig = Rig::started().await;
+        rig.send(2, stop()).await;
+        assert_eq!(rig.frame().await, answer(2, stopped()));
+        assert!(rig.deps.boot.get().is_none() && rig.deps.net.get().is_none());
+        rig.expect_end().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_net_that_does_not_end_delays_a_stop_by_its_limit_only() {
+        let mut rig = Rig::started_with(Root::NeverEnds).await;
+        let begun = Instant::now();
+        rig.send(2, stop()).await;
+        let answer = rig.frame().await;
+        let Some(tunnel_message::Msg::Stop(stop)) = answer.msg else { panic!("{answer:?}") };
+        assert!(
+            !stop.success && stop.error_message.contains("did not end within 3s"),
+            "{}",
+            stop.error_message
+        );
+        assert!(begun.elapsed() < STOP_LIMIT + Duration::from_secs(1));
+        rig.expect_end().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stop_cancels_a_start_and_both_are_answered() {
+        let mut rig = Rig::new().await;
+        let begun = Instant::now();
+        rig.send(1, start(0)).await;
+        rig.net().await;
+        rig.send(2, stop()).await;
+        assert_eq!(rig.frame().await, answer(1, not_started("the start was cancelled by a stop")));
+        assert_eq!(rig.frame().await, answer(2, stopped()));
+        assert!(begun.elapsed() < STOP_LIMIT);
+        rig.expect_end().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stop_abandons_a_settings_request_that_nobody_answers() {
+        let mut rig = Rig::new().await;
+        rig.send(1, start(DESCRIPTOR)).await;
+        rig.net().await.interface.claim().unwrap().set(Some(interface(1280)));
+        rig.settings_request().await;
+        rig.send(2, stop()).await;
+        assert!(!rig.start_response(1).await.success);
+        assert_eq!(rig.frame().await, answer(2, stopped()));
+        rig.expect_end().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_asked_before_a_stop_is_answered_and_what_comes_behind_it_is_not() {
+        let mut rig = Rig::started().await;
+        let requests = [
+            request(2, manager_message::Msg::GetPeerUpdate(vpn::GetPeerUpdate {})),
+            request(3, stop()),
+            request(4, wake()),
+            request(5, stop()),
+        ];
+        rig.write(&requests.concat()).await;
+        assert_eq!(rig.frame().await.rpc, Some(Rpc::response(2)));
+        assert_eq!(rig.frame().await, answer(3, stopped()));
+        rig.expect_end().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stop_is_answered_behind_a_manager_that_did_not_read_for_a_while() {
+        let mut rig = Rig::started().await;
+        let peers = rig.net().await.peers.claim().unwrap();
+        peers.set(snapshot(400, "a"));
+        rig.send(2, stop()).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let update = rig.peer_update(None).await;
+        assert_eq!(update.upserted_agents.len(), 400);
+        assert_eq!(rig.frame().await, answer(2, stopped()));
+        rig.expect_end().await;
+    }
+}
+
+mod peers {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_question_for_peers_is_always_answered() {
+        let mut rig = Rig::new().await;
+        rig.send(1, peers_wanted()).await;
+        assert_eq!(rig.peer_update(Some(1)).await, vpn::PeerUpdate::default());
+
+        let mut rig = Rig::started().await;
+        rig.net().await.peers.claim().unwrap().set(snapshot(2, "a"));
+        assert_eq!(rig.peer_update(None).await.upserted_agents.len(), 2);
+        rig.send(2, peers_wanted()).await;
+        let everything = rig.peer_update(Some(2)).await;
+        assert_eq!((everything.upserted_workspaces.len(), everything.upserted_agents.len()), (1, 2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_differences_are_told_and_never_nothing() {
+        let mut rig = Rig::started().await;
+        let peers = rig.net().await.peers.claim().unwrap();
+        peers.set(snapshot(3, "a"));
+        assert_eq!(rig.peer_update(None).await.upserted_agents.len(), 3);
+        peers.set(snapshot(3, "a"));
+        rig.expect_silence().await;
+
+        let mut next = snapshot(3, "a");
+        let (gone, _) = next.agents.pop_first().unwrap();
+        next.agents.first_entry().unwrap().get_mut().name = "renamed".into();
+        peers.set(next);
+        let update = rig.peer_update(None).await;
+        assert_eq!((update.upserted_agents.len(), update.upserted_workspaces.len()), (1, 0));
+        assert_eq!(update.deleted_agents[0].id, gone.as_bytes().as_slice());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_manager_that_reads_slowly_gets_fewer_updates_that_add_up() {
+        let mut rig = Rig::started().await;
+        let peers = rig.net().await.peers.claim().unwrap();
+        for round in 0..50 {
+            peers.set(snapshot(300, &format!("round {round}")));
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        let mut names = BTreeMap::new();
+        let mut updates = 0;
+        while names.values().any(|name| name != "round 49") || names.is_empty() {
+            for agent in rig.peer_update(None).await.upserted_agents {
+                names.insert(agent.id, agent.name);
+            }
+            updates += 1;
+        }
+        assert!(updates <= 3, "{updates} updates");
+        rig.expect_silence().await;
+    }
+}
+
+mod waking {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn every_wake_is_answered_and_at_most_one_in_five_seconds_is_passed_on() {
+        let mut rig = Rig::new().await;
+        rig.send(1, wake()).await;
+        assert_eq!(rig.frame().await, answer(1, woken()));
+
+        rig.start_up(2).await;
+        let (wakes, mut heard) = mpsc::channel(8);
+        let net = rig.net().await;
+        let coordinator = net.coordinator.clone();
+        let _running =
+            starter(coordinator, move || Ears(wakes.clone()))(rig.supervisor.get_cell()).await.unwrap();
+        for (id, pause, is_passed_on) in [(3, 0, true), (4, 4, false), (5, 1, true)] {
+            tokio::time::sleep(Duration::from_secs(pause)).await;
+            rig.send(id, wake()).await;
+            assert_eq!(rig.frame().await, answer(id, woken()));
+            settle().await;
+            assert_eq!(heard.try_recv().is_ok(), is_passed_on, "wake {id}");
+        }
+    }
+}
+
+mod settings_requests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_acknowledged_is_not_asked_for_again() {
+        let mut rig = Rig::new().await;
+        rig.send(1, start(DESCRIPTOR)).await;
+        let net = rig.net().await;
+        net.link.claim().unwrap().set(UP);
+        let wanted = net.interface.claim().unwrap();
+        wanted.set(Some(interface(1280)));
+        let (id, _) = rig.settings_request().await;
+        rig.respond(id, agreed()).await;
+        assert!(rig.start_response(1).await.success);
+
+        wanted.set(Some(interface(1280)));
+        rig.expect_silence().await;
+        wanted.set(Some(interface(1400)));
+        let (id, request) = rig.settings_request().await;
+        assert_eq!((id, request.mtu), (2, 1400));
+        rig.respond(id, refused("later")).await;
+        settle().await;
+        assert_eq!(net.host.get().error.as_deref(), Some("network settings failed: later"));
+        assert_eq!(net.host.get().applied, Some(interface(1280)));
+
+        // After a failure nobody knows what is in force, so even the last acknowledged is asked for.
+        wanted.set(Some(interface(1280)));
+        let (id, _) = rig.settings_request().await;
+        rig.respond(id, agreed()).await;
+        settle().await;
+        assert_eq!(*net.host.get(), HostState { applied: Some(interface(1280)), error: None });
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_manager_that_gave_no_descriptor_is_never_asked() {
+        let mut rig = Rig::started().await;
+        rig.net().await.interface.claim().unwrap().set(Some(interface(1280)));
+        rig.expect_silence().await;
+    }
+}
+
+mod crashing {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_start_that_waits_for_its_answer_survives_a_crash() {
+        let mut rig = Rig::new().await;
+        rig.send(1, start(0)).await;
+        let net = rig.net().await;
+        rig.crash().await;
+        rig.expect_silence().await;
+        assert_eq!(rig.net().await.boot.generation, 1);
+        net.link.claim().unwrap().set(UP);
+        assert_eq!(rig.frame().await, answer(1, started()));
+        rig.expect_silence().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_start_that_has_its_answer_is_not_answered_again() {
+        let mut rig = Rig::started().await;
+        rig.crash().await;
+        rig.send(2, start(0)).await;
+        assert_eq!(rig.frame().await, answer(2, not_started("tunnel is already running")));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_that_come_while_no_session_runs_are_answered_by_the_next() {
+        let mut rig = Rig::new().await;
+        rig.kill().await;
+        rig.send(1, wake()).await;
+        rig.send(2, peers_wanted()).await;
+        rig.expect_silence().await;
+        rig.spawn().await;
+        let mut ids = [rig.frame().await.rpc, rig.frame().await.rpc].map(|rpc| rpc.unwrap().response_to);
+        ids.sort_unstable();
+        assert_eq!(ids, [1, 2]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn peers_that_were_told_are_not_told_again() {
+        let mut rig = Rig::started().await;
+        let peers = rig.net().await.peers.claim().unwrap();
+        peers.set(snapshot(3, "a"));
+        assert_eq!(rig.peer_update(None).await.upserted_agents.len(), 3);
+        rig.kill().await;
+        let mut next = snapshot(4, "a");
+        next.agents.pop_first();
+        peers.set(next);
+        rig.spawn().await;
+        let update = rig.peer_update(None).await;
+        assert_eq!((update.upserted_agents.len(), update.deleted_agents.len()), (1, 1));
+        rig.expect_silence().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn acknowledged_settings_are_not_asked_for_again_and_unanswered_ones_are() {
+        let mut rig = Rig::new().await;
+        rig.send(1, start(DESCRIPTOR)).await;
+        let net = rig.net().await;
+        net.link.claim().unwrap().set(UP);
+        let wanted = net.interface.claim().unwrap();
+        wanted.set(Some(interface(1280)));
+        rig.settings_request().await;
+        rig.crash().await;
+        let (id, _) = rig.settings_request().await;
+        rig.respond(id, agreed()).await;
+        assert!(rig.start_response(1).await.success);
+        rig.crash().await;
+        rig.expect_silence().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_start_that_keeps_crashing_the_session_is_refused() {
+        let mut rig = Rig::new().await;
+        rig.send(1, start(0)).await;
+        rig.net().await;
+        for _ in 0..2 {
+            rig.crash().await;
+        }
+        let response = rig.start_response(1).await;
+        assert!(response.error_message.contains("repeatedly"), "{}", response.error_message);
+        rig.start_up(2).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_question_from_before_the_crash_is_answered_from_the_net_that_is_there() {
+        let mut rig = Rig::started().await;
+        rig.net().await.peers.claim().unwrap().set(snapshot(3, "a"));
+        rig.peer_update(None).await;
+        rig.kill().await;
+        rig.send(2, peers_wanted()).await;
+        rig.spawn().await;
+        assert_eq!(rig.peer_update(Some(2)).await.upserted_agents.len(), 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stop_that_cancels_a_start_answers_both_even_over_a_crash() {
+        let mut rig = Rig::new().await;
+        rig.send(1, start(0)).await;
+        rig.net().await;
+        // Nobody reads, so that neither answer is accepted before the crash.
+        let filler = || vpn::TunnelMessage { rpc: None, msg: Some(woken()) };
+        while rig.deps.stream.speaker().try_notify(filler()).is_ok() {
+            tokio::task::yield_now().await;
+        }
+        rig.send(2, stop()).await;
+        settle().await;
+        rig.crash().await;
+        let mut frames = Vec::new();
+        while let Some(message) = rig.next().await {
+            frames.extend(message.rpc.map(|_| message));
+        }
+        assert_eq!(
+            frames,
+            [answer(1, not_started("the start was cancelled by a stop")), answer(2, stopped())]
+        );
+    }
+
+    /// On real threads, where the tasks of a dead session overlap with its successor.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn every_request_is_answered_exactly_once_however_often_the_session_crashes() {
+        const REQUESTS: u64 = 400;
+        let mut rig = Rig::new().await;
+        let (manager, rest) = duplex(1);
+        let (mut read, mut write) = split(std::mem::replace(&mut rig.manager, manager));
+        drop(rest);
+        let asking = tokio::spawn(async move {
+            for id in 1..=REQUESTS {
+                let msg = if id % 2 == 0 { wake() } else { peers_wanted() };
+                write.write_all(&request(id, msg)).await.unwrap();
+                tokio::time::sleep(Duration::from_micros(200)).await;
+            }
+            write
+        });
+        let answered = tokio::spawn(async move {
+            let mut decoder = Decoder::new(MAX_FRAME);
+            let (mut ids, mut piece) = (Vec::new(), [0; 512]);
+            while ids.len() < REQUESTS as usize {
+                let length = read.read(&mut piece).await.unwrap();
+                assert_ne!(length, 0);
+                decoder.extend(&piece[..length]);
+                while let Some(message) = decoder.next::<TunnelMessage>().unwrap() {
+                    ids.push(message.rpc.unwrap().response_to);
+                }
+            }
+            ids
+        });
+        let begun = std::time::Instant::now();
+        while !answered.is_finished() {
+            assert!(begun.elapsed() < PATIENCE, "requests were lost");
+            rig.kill().await;
+            rig.spawn().await;
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        let mut ids = answered.await.unwrap();
+        ids.sort_unstable();
+        let twice: Vec<_> = ids.windows(2).filter(|pair| pair[0] == pair[1]).collect();
+        assert!(twice.is_empty(), "answered twice: {twice:?}");
+        assert_eq!(ids.last(), Some(&REQUESTS));
+        drop(asking.await.unwrap());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stop_survives_a_crash() {
+        let mut rig = Rig::started_with(Root::NeverEnds).await;
+        rig.send(2, stop()).await;
+        settle().await;
+        rig.crash().await;
+        assert_eq!(rig.frame().await.rpc, Some(Rpc::response(2)));
+        rig.expect_end().await;
+    }
+}
+
+mod the_stream {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_manager_that_goes_away_is_a_stop_without_an_answer() {
+        let rig = Rig::started().await;
+        drop(rig.manager);
+        let ended = rig.deps.stream.ended().await;
+        assert_eq!((ended.exit_code(), ended), (69, Ended::ManagerGone("unexpected EOF".into())));
+        rig.deps.net.view().wait_for(Option::is_none).await;
+        assert!(rig.deps.boot.get().is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_bad_frame_ends_the_session_as_a_protocol_error() {
+        let mut rig = Rig::started().await;
+        rig.write(&[0, 0, 0, 10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]).await;
+        rig.expect_end().await;
+        assert_eq!(rig.deps.stream.ended().await.exit_code(), 76);
+        rig.deps.net.view().wait_for(Option::is_none).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_no_known_request_gets_no_answer_and_does_no_harm() {
+        let mut rig = Rig::new().await;
+        let stray = ManagerMessage { rpc: Some(Rpc::default()), msg: Some(stop()) };
+        let notification = ManagerMessage { rpc: None, msg: Some(stop()) };
+        let bare = ManagerMessage { rpc: Some(Rpc::request(5)), msg: None };
+        let late = ManagerMessage { rpc: Some(Rpc::response(77)), msg: Some(agreed()) };
+        for message in [stray, notification, bare, late] {
+            rig.write(&frame::encode(&message).unwrap()).await;
+        }
+        rig.write(&[0, 0, 0, 0]).await;
+        rig.send(5, agreed()).await;
+        rig.send(9, wake()).await;
+        assert_eq!(rig.frame().await, answer(9, woken()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_id_that_is_used_twice_is_answered_twice() {
+        let mut rig = Rig::new().await;
+        rig.write(&[request(1, wake()), request(1, wake())].concat()).await;
+        assert_eq!(rig.frame().await, answer(1, woken()));
+        assert_eq!(rig.frame().await, answer(1, woken()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_a_manager_that_owns_the_network_is_sent_the_log() {
+        let mut rig = Rig::started().await;
+        rig.deps.logs.push(vpn::log::Level::Info, &["vpn"], "hello", &[]);
+        rig.expect_silence().await;
+
+        let mut rig = Rig::new().await;
+        rig.send(1, start(DESCRIPTOR)).await;
+        rig.net().await;
+        rig.deps.logs.push(vpn::log::Level::Info, &["vpn"], "hello", &[("k", "v".into())]);
+        let line = rig.frame().await;
+        assert_eq!(line.rpc, None);
+        let Some(tunnel_message::Msg::Log(line)) = line.msg else { panic!("{line:?}") };
+        assert_eq!((line.level(), line.message.as_str()), (vpn::log::Level::Info, "hello"));
+    }
+}
+
+/// What stands in for the root.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Root {
+    /// Builds a net for each Boot and ends it with it.
+    Follows,
+    /// Builds a net and cannot end it.
+    NeverEnds,
+    /// Builds nothing.
+    Sleeps,
+}
+
+/// A session, and a manager that speaks in bytes.
+struct Rig {
+    manager: DuplexStream,
+    decoder: Decoder,
+    deps: SessionDeps,
+    address: Address<Message>,
+    running: Option<Running>,
+    supervisor: ActorRef<()>,
+    buried: Arc<Notify>,
+}
+
+impl Rig {
+    async fn new() -> Self {
+        Self::with(Root::Follows).await
+    }
+
+    async fn without_root() -> Self {
+        Self::with(Root::Sleeps).await
+    }
+
+    async fn started() -> Self {
+        Self::started_with(Root::Follows).await
+    }
+
+    async fn started_with(root: Root) -> Self {
+        let mut rig = Self::with(root).await;
+        rig.start_up(1).await;
+        rig
+    }
+
+    async fn with(root: Root) -> Self {
+        let (ours, mut manager) = duplex(4096);
+        manager.write_all(MANAGER_LINE).await.unwrap();
+        let (read, write) = split(ours);
+        let limit = Duration::from_secs(5);
+        let (speaker, inbox) =
+            Speaker::connect(read, write, Role::Tunnel, Role::Manager, limit).await.unwrap();
+        manager.read_exact(&mut [0; "codervpn tunnel 1.3\n".len()]).await.unwrap();
+        let deps = SessionDeps {
+            stream: Arc::new(Stream::new(speaker, inbox)),
+            boot: Cell::new(None),
+            net: Cell::new(None),
+            memory: Cell::new(Memory::default()),
+            default_network: NetworkOwner::Nobody,
+            logs: LogSink::default(),
+        };
+        if root != Root::Sleeps {
+            tokio::spawn(reconcile(root, deps.clone()));
+        }
+        let buried = Arc::new(Notify::new());
+        let (supervisor, _) = Actor::spawn(None, Undertaker(buried.clone()), ()).await.unwrap();
+        let address = Address::new("session", 16);
+        let decoder = Decoder::new(MAX_FRAME);
+        let mut rig = Self { manager, decoder, deps, address, running: None, supervisor, buried };
+        rig.spawn().await;
+        rig
+    }
+
+    async fn spawn(&mut self) {
+        let deps = self.deps.clone();
+        let start = starter(self.address.clone(), move || Session::new(deps.clone()));
+        self.running = Some(start(self.supervisor.get_cell()).await.unwrap());
+    }
+
+    /// As a crash: the state is gone, nothing was put in order.
+    async fn kill(&mut self) {
+        let running = self.running.take().unwrap();
+        running.cell.kill();
+        let _ = running.join.await;
+        self.buried.notified().await;
+    }
+
+    async fn crash(&mut self) {
+        self.kill().await;
+        self.spawn().await;
+        settle().await;
+    }
+
+    async fn start_up(&mut self, id: u64) {
+        self.send(id, start(0)).await;
+        self.net().await.link.claim().unwrap().set(UP);
+        assert_eq!(self.frame().await, answer(id, started()));
+    }
+
+    async fn net(&self) -> Arc<Net> {
+        let net = self.deps.net.view().wait_for(Option::is_some).await.unwrap();
+        // The session has heard of it, too.
+        settle().await;
+        net.as_ref().clone().unwrap()
+    }
+
+    async fn phase(&self) -> Phase {
+        self.address.ask(Duration::from_secs(1), Message::Phase).await.unwrap()
+    }
+
+    async fn write(&mut self, bytes: &[u8]) {
+        self.manager.write_all(bytes).await.unwrap();
+    }
+
+    async fn send(&mut self, id: u64, msg: manager_message::Msg) {
+        self.write(&request(id, msg)).await;
+    }
+
+    async fn respond(&mut self, id: u64, msg: manager_message::Msg) {
+        let message = ManagerMessage { rpc: Some(Rpc::response(id)), msg: Some(msg) };
+        self.write(&frame::encode(&message).unwrap()).await;
+    }
+
+    async fn frame(&mut self) -> TunnelMessage {
+        let next = tokio::time::timeout(PATIENCE, self.next()).await.expect("a frame in time");
+        next.expect("a frame, not the end")
+    }
+
+    async fn next(&mut self) -> Option<TunnelMessage> {
+        let mut piece = [0; 4096];
+        loop {
+            if let Some(message) = self.decoder.next().unwrap() {
+                return Some(message);
+            }
+            let length = self.manager.read(&mut piece).await.unwrap();
+            if length == 0 {
+                assert!(self.decoder.is_between_frames());
+                return None;
+            }
+            self.decoder.extend(&piece[..length]);
+        }
+    }
+
+    async fn expect_end(&mut self) {
+        assert_eq!(tokio::time::timeout(PATIENCE, self.next()).await.expect("the end in time"), None);
+    }
+
+    async fn expect_silence(&mut self) {
+        let heard = tokio::time::timeout(Duration::from_secs(2), self.next()).await;
+        assert!(heard.is_err(), "{heard:?}");
+    }
+
+    async fn start_response(&mut self, id: u64) -> vpn::StartResponse {
+        let message = self.frame().await;
+        assert_eq!(message.rpc, Some(Rpc::response(id)));
+        let Some(tunnel_message::Msg::Start(response)) = message.msg else { panic!("{message:?}") };
+        response
+    }
+
+    async fn settings_request(&mut self) -> (u64, vpn::NetworkSettingsRequest) {
+        let message = self.frame().await;
+        let Some(tunnel_message::Msg::NetworkSettings(request)) = message.msg else { panic!("{message:?}") };
+        (message.rpc.unwrap().msg_id, request)
+    }
+
+    async fn peer_update(&mut self, response_to: Option<u64>) -> vpn::PeerUpdate {
+        let message = self.frame().await;
+        assert_eq!(message.rpc, response_to.map(Rpc::response));
+        let Some(tunnel_message::Msg::PeerUpdate(update)) = message.msg else { panic!("{message:?}") };
+        update
+    }
+}
+
+/// Lets everything that can happen at once happen.
+async fn settle() {
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
+async fn reconcile(root: Root, deps: SessionDeps) {
+    let (mut boots, nets) = (deps.boot.view(), deps.net.claim().unwrap());
+    while let Some(boot) = boots.changed().await {
+        match boot.as_ref() {
+            Some(boot) => nets.set(Some(Arc::new(net(boot.clone())))),
+            None if root == Root::NeverEnds => {}
+            None => nets.set(None),
+        }
+    }
+}
+
+fn net(boot: Arc<Boot>) -> Net {
+    let (node, disco) = (NodePrivate::generate(), DiscoPrivate::generate());
+    let identity = Identity { node, disco, address: Ipv6Addr::LOCALHOST, node_id: 1 };
+    Net {
+        data_plane: data_plane(&identity),
+        boot,
+        identity,
+        link: Cell::new(LinkState::Connecting),
+        network_map: Cell::new(NetworkMap::default()),
+        relay_map: Cell::new(RelayMap::default()),
+        workspaces: Cell::new(Workspaces::default()),
+        peers: Cell::new(Snapshot::default()),
+        interface: Cell::new(None),
+        host: Cell::new(HostState::default()),
+        relays: Cell::new(BTreeMap::new()),
+        home: Cell::new(None),
+        latencies: Cell::new(BTreeMap::new()),
+        coordinator: Address::new("coordinator", 8),
+        registry: Address::new("registry", 8),
+        packet_io: Address::new("packet_io", 8),
+        relay: Address::new("relay", 8),
+        pinger: Address::new("pinger", 8),
+    }
+}
+
+fn data_plane(identity: &Identity) -> DataPlane {
+    static DIALER: LazyLock<Arc<Dialer>> =
+        LazyLock::new(|| Arc::new(Dialer::new(DialOptions { ca_file: None }).unwrap()));
+    DataPlane::start(DataPlaneConfig {
+        node: identity.node.clone(),
+        disco: identity.disco.clone(),
+        address: identity.address,
+        dialer: DIALER.clone(),
+        events: Arc::new(Deaf),
+    })
+    .unwrap()
+}
+
+/// Nothing happens on the data plane of these tests.
+struct Deaf;
+
+impl Events for Deaf {
+    fn pong(&self, _: Pong) {}
+    fn link_changed(&self, _: RegionId, _: LinkChange) {}
+    fn handshake(&self, _: NodePublic) {}
+}
+
+/// A coordinator that only hears.
+struct Ears(mpsc::Sender<()>);
+
+impl Part for Ears {
+    type Message = coordinator::Message;
+    type State = ();
+
+    async fn start(&self, _: &Context<Self::Message>) -> Result<(), PartError> {
+        Ok(())
+    }
+
+    async fn handle(
+        &self,
+        _: &Context<Self::Message>,
+        (): &mut (),
+        message: Self::Message,
+    ) -> Result<(), PartError> {
+        assert!(matches!(message, coordinator::Message::Wake));
+        Ok(self.0.try_send(())?)
+    }
+}
+
+/// A supervisor that lets its children die, and tells when one is wholly gone: its state rides in the event.
+struct Undertaker(Arc<Notify>);
+
+impl Actor for Undertaker {
+    type Msg = ();
+    type State = ();
+    type Arguments = ();
+
+    async fn pre_start(&self, _: ActorRef<()>, (): ()) -> Result<(), ActorProcessingErr> {
+        Ok(())
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        _: ActorRef<()>,
+        event: SupervisionEvent,
+        (): &mut (),
+    ) -> Result<(), ActorProcessingErr> {
+        let is_end =
+            matches!(event, SupervisionEvent::ActorTerminated(..) | SupervisionEvent::ActorFailed(..));
+        drop(event);
+        if is_end {
+            self.0.notify_one();
+        }
+        Ok(())
+    }
+}
+
+fn request(id: u64, msg: manager_message::Msg) -> Vec<u8> {
+    let message = ManagerMessage { rpc: Some(Rpc::request(id)), msg: Some(msg) };
+    frame::encode(&message).unwrap().to_vec()
+}
+
+fn answer(id: u64, msg: tunnel_message::Msg) -> TunnelMessage {
+    TunnelMessage { rpc: Some(Rpc::response(id)), msg: Some(msg) }
+}
+
+fn start(descriptor: i32) -> manager_message::Msg {
+    manager_message::Msg::Start(vpn::StartRequest {
+        tunnel_file_descriptor: descriptor,
+        coder_url: "https://coder.example.com".into(),
+        api_token: "fakeToken".into(),
+        ..vpn::StartRequest::default()
+    })
+}
+
+fn stop() -> manager_message::Msg {
+    manager_message::Msg::Stop(vpn::StopRequest {})
+}
+
+fn wake() -> manager_message::Msg {
+    manager_message::Msg::Wake(vpn::WakeRequest {})
+}
+
+fn peers_wanted() -> manager_message::Msg {
+    manager_message::Msg::GetPeerUpdate(vpn::GetPeerUpdate {})
+}
+
+fn agreed() -> manager_message::Msg {
+    let answer = vpn::NetworkSettingsResponse { success: true, error_message: String::new() };
+    manager_message::Msg::NetworkSettings(answer)
+}
+
+fn refused(why: &str) -> manager_message::Msg {
+    let answer = vpn::NetworkSettingsResponse { success: false, error_message: why.into() };
+    manager_message::Msg::NetworkSettings(answer)
+}
+
+fn started() -> tunnel_message::Msg {
+    tunnel_message::Msg::Start(vpn::StartResponse { success: true, error_message: String::new() })
+}
+
+fn not_started(why: &str) -> tunnel_message::Msg {
+    tunnel_message::Msg::Start(vpn::StartResponse { success: false, error_message: why.into() })
+}
+
+fn stopped() -> tunnel_message::Msg {
+    tunnel_message::Msg::Stop(vpn::StopResponse { success: true, error_message: String::new() })
+}
+
+fn woken() -> tunnel_message::Msg {
+    tunnel_message::Msg::Wake(vpn::WakeResponse {})
+}
+
+fn interface(mtu: u32) -> InterfaceConfig {
+    let (address, prefix) = ("fd60:627a:a42b::7".parse().unwrap(), "fd60:627a:a42b::".parse().unwrap());
+    InterfaceConfig { address, routes: vec![(prefix, 48)], mtu }
+}
+
+fn snapshot(agents: u128, name: &str) -> Snapshot {
+    let workspace_id = Uuid::from_u128(0xa1);
+    let agent = |index| {
+        let entry = AgentEntry {
+            name: name.into(),
+            workspace_id,
+            fqdn: vec!["w.coder.".into()],
+            addresses: vec![Ipv6Addr::LOCALHOST],
+            last_handshake: None,
+            last_ping: None,
+        };
+        (Uuid::from_u128(index), entry)
+    };
+    Snapshot {
+        workspaces: BTreeMap::from([(workspace_id, WorkspaceEntry { name: "w".into(), status: 3 })]),
+        agents: (1..=agents).map(agent).collect(),
+    }
+}
