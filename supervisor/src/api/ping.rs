@@ -1,0 +1,84 @@
+//! Pings on demand, one line each as it is answered.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use axum::{
+    body::Bytes,
+    extract::{Path, Query, State},
+    response::Response,
+};
+use futures::stream;
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep_until};
+use uuid::Uuid;
+
+use super::{
+    Shared,
+    answer::Refusal,
+    look::{line, lines},
+    resolve::resolve,
+};
+
+/// How long one answer is waited for.
+const LIMIT: Duration = Duration::from_secs(5);
+/// From one ping to the next.
+const PERIOD: Duration = Duration::from_secs(1);
+/// The most that one request asks for.
+const MAX_COUNT: u32 = 3600;
+
+/// How often.
+#[derive(serde::Deserialize)]
+pub(super) struct Times {
+    #[serde(default = "once")]
+    count: u32,
+}
+
+fn once() -> u32 {
+    1
+}
+
+/// Pings an agent over the path that is in use.
+pub(super) async fn ping(
+    State(shared): State<Arc<Shared>>,
+    Path(called): Path<String>,
+    Query(times): Query<Times>,
+) -> Result<Response, Refusal> {
+    if shared.service.link.get().is_none() {
+        let tunnel = shared.service.tunnel.get();
+        let reason = if tunnel.error.is_empty() { "run `warren up` first" } else { &tunnel.error };
+        return Err(Refusal::unavailable(format!("there is no tunnel: {reason}")));
+    }
+    let agent = resolve(&shared.service.peers.get(), &called).map_err(Refusal::not_found)?;
+    let left = times.count.clamp(1, MAX_COUNT);
+    let series = Series { shared, agent, left, next: Instant::now() };
+    Ok(lines(stream::unfold(series, async |mut series| {
+        let answer = series.next().await?;
+        Some((Ok::<Bytes, Infallible>(line(&answer)), series))
+    })))
+}
+
+/// The pings that are left. Ends with its reader.
+struct Series {
+    shared: Arc<Shared>,
+    agent: Uuid,
+    left: u32,
+    next: Instant,
+}
+
+impl Series {
+    async fn next(&mut self) -> Option<Value> {
+        self.left = self.left.checked_sub(1)?;
+        sleep_until(self.next).await;
+        self.next = Instant::now() + PERIOD;
+        Some(self.ping().await.unwrap_or_else(|error| json!({ "error": error })))
+    }
+
+    /// Each by the tunnel that runs by then.
+    async fn ping(&self) -> Result<Value, String> {
+        let link = self.shared.service.link.get().as_ref().clone();
+        let link = link.ok_or_else(|| "the tunnel is being restarted".to_owned())?;
+        let answer = link.ping_agent(self.agent, LIMIT).await.map_err(|error| error.to_string())??;
+        let latency = answer.latency.as_secs_f64();
+        Ok(json!({ "latency_seconds": latency, "p2p": answer.direct, "region": answer.region }))
+    }
+}

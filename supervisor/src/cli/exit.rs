@@ -1,0 +1,72 @@
+//! Exit codes, and errors that carry one. Data goes to stdout; what went wrong, with what to do about
+//! it, goes to stderr as one line.
+
+use std::{fmt, process::ExitCode};
+
+/// What the exit status of a command says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Exit {
+    /// It was done.
+    Ok = 0,
+    /// It failed for a reason that stderr names.
+    Failed = 1,
+    /// The command line is wrong.
+    Usage = 2,
+    /// The service does not run.
+    NotRunning = 3,
+    /// The service refused: the tunnel or the socket belongs to someone else.
+    Denied = 4,
+    /// There is no token, or the deployment does not accept it.
+    LoginNeeded = 5,
+    /// It runs, but agents cannot be reached.
+    Unhealthy = 6,
+    /// A deadline passed.
+    Timeout = 7,
+    /// The other side speaks another version.
+    VersionMismatch = 8,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// Why a command failed, in words, and the exit status that says so.
+#[derive(Debug)]
+pub(crate) struct CliError {
+    /// The exit status.
+    pub(crate) exit: Exit,
+    message: String,
+}
+
+impl CliError {
+    /// An error that ends the command with `exit`.
+    pub(crate) fn new(exit: Exit, message: impl fmt::Display) -> Self {
+        Self { exit, message: message.to_string() }
+    }
+
+    /// A plain failure.
+    pub(crate) fn failed(message: impl fmt::Display) -> Self {
+        Self::new(Exit::Failed, message)
+    }
+}
+
+impl fmt::Display for CliError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for CliError {}
+
+impl From<std::io::Error> for CliError {
+    fn from(error: std::io::Error) -> Self {
+        // A reader that went away (`warren status | head`) is not worth a message of its own.
+        Self::failed(error)
+    }
+}
+
+/// What every command returns.
+pub(crate) type Outcome = Result<Exit, CliError>;

@@ -1,0 +1,171 @@
+//! What this process tells its service over the private link. It only reads what the parts publish; a ping
+//! alone asks one of them.
+
+use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
+
+use uuid::Uuid;
+use warren_actors::{
+    facts::{LinkState, Net, NetworkOwner, RelayLink},
+    pinger,
+    runtime::Cell,
+};
+use warren_observability::exporter::Exporter;
+use warren_proto::link::{TunnelStatus, tunnel_status::Relay};
+
+use super::TunnelArgs;
+use crate::{
+    link::{AgentPing, Answers},
+    tree::{NodeInfo, Tree},
+};
+
+/// What people may expect and this build does not have.
+const ABSENT: &[&str] = &["direct paths (everything is relayed)", "host names (use the addresses)"];
+/// What is missing besides where there is no device.
+const NO_DEVICE: &str = "a device (only pings work)";
+/// The pinger counts the limit itself, and its word that there was no answer should still arrive.
+const PING_MARGIN: Duration = Duration::from_secs(1);
+
+/// The answers of one tunnel process.
+pub(super) struct Own {
+    tree: Tree,
+    net: Cell<Option<Arc<Net>>>,
+    exporter: Exporter,
+    allow_faults: bool,
+}
+
+impl Own {
+    /// Over these.
+    pub(super) fn new(
+        tree: Tree,
+        net: Cell<Option<Arc<Net>>>,
+        exporter: Exporter,
+        args: &TunnelArgs,
+    ) -> Self {
+        Self { tree, net, exporter, allow_faults: args.allow_faults }
+    }
+}
+
+impl Answers for Own {
+    fn exposition(&self) -> String {
+        self.tree.measure();
+        self.exporter.render()
+    }
+
+    fn tree(&self) -> Vec<NodeInfo> {
+        self.tree.snapshot()
+    }
+
+    fn status(&self) -> TunnelStatus {
+        self.net.get().as_ref().as_ref().map_or_else(idle, |net| status(net))
+    }
+
+    fn ping(
+        &self,
+        agent: Uuid,
+        limit: Duration,
+    ) -> Pin<Box<dyn Future<Output = Result<AgentPing, String>> + Send>> {
+        let pinger = self.net.get().as_ref().as_ref().map(|net| net.pinger.clone());
+        Box::pin(async move {
+            let pinger = pinger.ok_or("the tunnel is not started")?;
+            let question = |reply| pinger::Message::PingNow { agent, limit, reply };
+            let answer =
+                pinger.ask(limit + PING_MARGIN, question).await.map_err(|error| error.to_string())?;
+            let report = answer.map_err(|error| error.to_string())?;
+            Ok(AgentPing { latency: report.latency, direct: report.direct, region: report.region_name })
+        })
+    }
+
+    fn fault(&self, actor: &str, kind: &str) {
+        if self.allow_faults {
+            self.force(actor, kind);
+        } else {
+            tracing::warn!(actor, kind, "a fault was asked for, which is not allowed here");
+        }
+    }
+}
+
+impl Own {
+    #[cfg(feature = "faults")]
+    fn force(&self, actor: &str, kind: &str) {
+        match kind.parse() {
+            Ok(kind) if self.tree.inject(actor, kind) => tracing::warn!(actor, ?kind, "a fault is forced"),
+            Ok(_) => tracing::warn!(actor, "there is no such part to force a fault into"),
+            Err(error) => tracing::warn!(actor, %error, "a fault cannot be forced"),
+        }
+    }
+
+    #[cfg(not(feature = "faults"))]
+    fn force(&self, actor: &str, kind: &str) {
+        tracing::warn!(actor, kind, "a fault was asked for, which this build cannot force");
+    }
+}
+
+fn idle() -> TunnelStatus {
+    TunnelStatus { control: "idle".to_owned(), absent: absent(None), ..TunnelStatus::default() }
+}
+
+fn status(net: &Net) -> TunnelStatus {
+    let (control, control_error) = match net.link.get().as_ref() {
+        LinkState::Connecting => ("connecting", String::new()),
+        LinkState::Up { .. } => ("up", String::new()),
+        LinkState::Waiting { error, .. } => ("waiting", error.clone()),
+        LinkState::Refused { error } => ("refused", error.clone()),
+    };
+    let (map, home) = (net.relay_map.get(), *net.home.get());
+    let home_latency = home.and_then(|home| net.latencies.get().get(&home)?.best());
+    let relay = |(region, link): (&_, &RelayLink)| {
+        let (state, error) = match link {
+            RelayLink::Dialing => ("dialing", String::new()),
+            RelayLink::Up { .. } => ("up", String::new()),
+            RelayLink::Down { error } => ("down", error.clone()),
+        };
+        Relay { region: map.region_name(Some(*region)), state: state.to_owned(), error }
+    };
+    TunnelStatus {
+        control: control.to_owned(),
+        control_error,
+        home_region: home.map(|home| map.region_name(Some(home))).unwrap_or_default(),
+        home_latency: home_latency.and_then(|latency| latency.try_into().ok()),
+        relays: net.relays.get().iter().map(relay).collect(),
+        absent: absent(Some(net.boot.network)),
+    }
+}
+
+fn absent(network: Option<NetworkOwner>) -> Vec<String> {
+    let no_device = (network == Some(NetworkOwner::Nobody)).then_some(&NO_DEVICE);
+    ABSENT.iter().chain(no_device).map(ToString::to_string).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use warren_actors::dial::{DialOptions, Dialer};
+    use warren_core::relay_map::RegionId;
+
+    use super::*;
+    use crate::tunnel::net::{assemble, tests::boot};
+
+    #[test]
+    fn a_tunnel_that_is_not_started_is_idle() {
+        assert_eq!(idle().control, "idle");
+        assert_eq!(idle().absent.len(), ABSENT.len());
+    }
+
+    #[tokio::test]
+    async fn status_says_how_control_and_relays_stand_and_what_is_absent() {
+        let dialer = Arc::new(Dialer::new(DialOptions::default()).unwrap());
+        let net = assemble(boot(1, NetworkOwner::Nobody), dialer).unwrap();
+        let error = "no route".to_owned();
+        net.link.claim().unwrap().set(LinkState::Waiting { error: error.clone(), retry_in: Duration::ZERO });
+        let region = RegionId(7);
+        net.home.claim().unwrap().set(Some(region));
+        net.relays.claim().unwrap().set([(region, RelayLink::Down { error: error.clone() })].into());
+
+        let status = status(&net);
+
+        assert_eq!((status.control.as_str(), &status.control_error), ("waiting", &error));
+        let relay = Relay { region: status.home_region.clone(), state: "down".to_owned(), error };
+        assert_eq!(status.relays, [relay]);
+        assert!(status.absent.iter().any(|absent| absent == NO_DEVICE));
+        net.data_plane.stop().await;
+    }
+}

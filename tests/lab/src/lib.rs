@@ -1,0 +1,453 @@
+//! A Coder deployment on one machine: control plane, relay and agents, in their real wire formats, with
+//! handles that make them fail and tell what they heard.
+//!
+//! ```text
+//!             one HTTP listener (further relays have their own)
+//!             ├─ /api/v2/...          control plane: users, connection, tailnet     control.rs
+//!             └─ /derp                relay: routes packets by node key             relay.rs
+//!                  ▲
+//!  agents ─────────┘ by a pipe in memory: WireGuard, pings, a TCP stack, HTTP       agent.rs
+//! ```
+//! Everything ends with the [`Lab`]. Nothing here is for production: randomness aside, no secret is kept.
+//!
+//! What a real deployment does and this one does not: HTTP/2, TLS, `Derp-Fast-Start`, direct paths and STUN,
+//! rate limits that count, the per-agent endpoints, several replicas. Agents answer over their home relay
+//! only.
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
+
+mod agent;
+mod control;
+pub mod payload;
+mod relay;
+#[cfg(test)]
+mod tests;
+mod work;
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::net::TcpListener;
+use uuid::Uuid;
+use warren_proto::{
+    address::coder_address,
+    key::{NodePublic, random},
+    name::{self, DEFAULT_SUFFIX, OnlyAgent},
+};
+
+use self::{
+    agent::{Agent, HTTP_PORT, Home},
+    control::{State, listener, relay_map},
+    work::Work,
+};
+pub use self::{
+    agent::{AgentStats, End},
+    control::{
+        BUILD_VERSION, CallFault, Check, Connection, Control, EMBEDDED_REGION, Ended, Endpoint,
+        FIRST_FURTHER_REGION, HttpFault, Method, Recording, Request, Status, Times, Workspace, Workspaces,
+    },
+    relay::Relay,
+};
+
+/// How often a waiting call looks again.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// What a lab is to be like.
+#[derive(Clone, Debug)]
+pub struct LabOptions {
+    /// How many workspaces with one agent each.
+    pub agents: usize,
+    /// Where everything listens.
+    pub listen: IpAddr,
+    /// The deployment's port; 0 takes a free one.
+    pub port: u16,
+    /// The user's name.
+    pub username: String,
+    /// The suffix of host names; empty as in old deployments, which do not tell one.
+    pub suffix: String,
+    /// Workspaces are called so, with a number behind it.
+    pub workspace_prefix: String,
+    /// Agents are called so.
+    pub agent_name: String,
+    /// Relays besides the deployment's own, each a region with a listener of its own.
+    pub further_regions: usize,
+    /// Whether the agents' homes are spread over all regions.
+    pub spread_agents: bool,
+    /// The tailnet API that is spoken.
+    pub api_version: (i64, i64),
+    /// What is told about websockets to relays.
+    pub force_websockets: bool,
+    /// What is told about direct connections.
+    pub disable_direct: bool,
+    /// How often websocket clients are pinged, and how long they may take to answer.
+    pub websocket_ping: Duration,
+    /// How often yamux clients are pinged.
+    pub yamux_keepalive: Duration,
+    /// How often relay clients hear something.
+    pub relay_keep_alive: Duration,
+    /// How long resume tokens are good.
+    pub resume_lifetime: Duration,
+}
+
+impl Default for LabOptions {
+    fn default() -> Self {
+        Self {
+            agents: 3,
+            listen: Ipv4Addr::LOCALHOST.into(),
+            port: 0,
+            username: "alice".to_owned(),
+            suffix: DEFAULT_SUFFIX.to_owned(),
+            workspace_prefix: "lab".to_owned(),
+            agent_name: "main".to_owned(),
+            further_regions: 0,
+            spread_agents: false,
+            api_version: (2, 10),
+            force_websockets: false,
+            disable_direct: false,
+            websocket_ping: Duration::from_secs(15),
+            yamux_keepalive: Duration::from_secs(30),
+            relay_keep_alive: Duration::from_secs(60),
+            resume_lifetime: Duration::from_secs(24 * 60 * 60),
+        }
+    }
+}
+
+/// Why a lab cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub enum LabError {
+    /// Nothing can listen there.
+    #[error("cannot listen at {address}: {error}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        error: io::Error,
+    },
+}
+
+/// One agent, as others see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AgentInfo {
+    /// Its ID.
+    pub id: Uuid,
+    /// Its name.
+    pub name: String,
+    /// The name of its workspace.
+    pub workspace: String,
+    /// Its host names with a dot at the end, the shortest first.
+    pub fqdn: Vec<String>,
+    /// Its address inside the tunnel.
+    pub address: Ipv6Addr,
+    /// Where its HTTP server listens.
+    pub http_port: u16,
+}
+
+/// A running deployment. Dropping it ends everything at the next await; [`Lab::stop`] also waits for it.
+pub struct Lab {
+    control: Control,
+    url: String,
+    token: String,
+    relays: Vec<(u16, Relay)>,
+    agents: Arc<Mutex<Vec<Slot>>>,
+    work: Work,
+}
+
+/// An agent's place: it outlives the agent's single lives.
+struct Slot {
+    id: Uuid,
+    workspace: Uuid,
+    region: usize,
+    title: String,
+    counters: Arc<agent::core::Counters>,
+    running: Option<Agent>,
+}
+
+impl Lab {
+    /// Starts a deployment on the current runtime.
+    pub async fn start(options: LabOptions) -> Result<Self, LabError> {
+        let work = Work::default();
+        let (listener, address) = bind(SocketAddr::new(options.listen, options.port)).await?;
+        let own = Relay::new(options.relay_keep_alive);
+        let mut further = Vec::new();
+        for _ in 0..options.further_regions {
+            further.push(bind(SocketAddr::new(options.listen, 0)).await?);
+        }
+        let places: Vec<SocketAddr> = further.iter().map(|(_, address)| *address).collect();
+        let map = relay_map::build(address, &places);
+        let (url, token) = (format!("http://{address}"), random_token());
+        let state = Arc::new(State::new(options, url.clone(), token.clone(), own.clone(), map));
+        let mut relays = vec![(region_number(EMBEDDED_REGION), own)];
+        for (id, (listener, _)) in (FIRST_FURTHER_REGION..).zip(further) {
+            let relay = Relay::new(state.options.relay_keep_alive);
+            relays.push((region_number(id), relay.clone()));
+            let site = listener::Site::Relay(Arc::clone(&state), relay);
+            work.spawn(listener::listen(listener, site, work.clone()));
+        }
+        let site = listener::Site::Deployment(Arc::clone(&state));
+        work.spawn(listener::listen(listener, site, work.clone()));
+        let lab = Self { control: Control(state), url, token, relays, agents: Arc::default(), work };
+        let ticking = Arc::clone(&lab.agents);
+        lab.work.spawn(agent::tick_all(move |each| {
+            lock(&ticking).iter().filter_map(|slot| slot.running.as_ref()).for_each(each);
+        }));
+        lab.populate();
+        Ok(lab)
+    }
+
+    /// The deployment's URL.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// The one token that is accepted, unless [`Control::set_token`] replaced it.
+    #[must_use]
+    pub fn token(&self) -> &str {
+        &self.token
+    }
+
+    /// The control plane's handle.
+    #[must_use]
+    pub fn control(&self) -> Control {
+        self.control.clone()
+    }
+
+    /// The deployment's own relay.
+    #[must_use]
+    pub fn relay(&self) -> Relay {
+        self.control.0.relay.clone()
+    }
+
+    /// All relays by region.
+    #[must_use]
+    pub fn relays(&self) -> Vec<(u16, Relay)> {
+        self.relays.clone()
+    }
+
+    /// All agents that the lab runs or has stopped, in order of their workspaces.
+    #[must_use]
+    pub fn agents(&self) -> Vec<AgentInfo> {
+        let ids: Vec<Uuid> = lock(&self.agents).iter().map(|slot| slot.id).collect();
+        ids.into_iter().filter_map(|id| self.agent(id)).collect()
+    }
+
+    /// One agent.
+    #[must_use]
+    pub fn agent(&self, id: Uuid) -> Option<AgentInfo> {
+        let options = &self.control.0.options;
+        let all = self.control.0.workspaces.borrow();
+        let workspace = lock(&self.agents).iter().find(|slot| slot.id == id)?.workspace;
+        let workspace = all.0.get(&workspace)?;
+        let name = workspace.agents.get(&id)?;
+        let only = if workspace.agents.len() == 1 { OnlyAgent::Yes } else { OnlyAgent::No };
+        let suffix =
+            Some(options.suffix.as_str()).filter(|suffix| !suffix.is_empty()).unwrap_or(DEFAULT_SUFFIX);
+        Some(AgentInfo {
+            id,
+            name: name.clone(),
+            workspace: workspace.name.clone(),
+            fqdn: name::agent_names(name, &workspace.name, &options.username, suffix, only)
+                .unwrap_or_default(),
+            address: coder_address(&id),
+            http_port: HTTP_PORT,
+        })
+    }
+
+    /// What has happened to an agent so far.
+    #[must_use]
+    pub fn agent_stats(&self, id: Uuid) -> AgentStats {
+        let agents = lock(&self.agents);
+        agents.iter().find(|slot| slot.id == id).map(|slot| agent::stats(&slot.counters)).unwrap_or_default()
+    }
+
+    /// Waits until something has happened to an agent, at most `limit`. Returns whether it has.
+    pub async fn wait_for_agent(
+        &self,
+        id: Uuid,
+        limit: Duration,
+        accept: impl Fn(&AgentStats) -> bool,
+    ) -> bool {
+        let waiting = async {
+            while !accept(&self.agent_stats(id)) {
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        tokio::time::timeout(limit, waiting).await.is_ok()
+    }
+
+    /// An agent's node key; `None` while it does not run.
+    #[must_use]
+    pub fn agent_key(&self, id: Uuid) -> Option<NodePublic> {
+        lock(&self.agents).iter().find(|slot| slot.id == id)?.running.as_ref().map(Agent::key)
+    }
+
+    /// Ends an agent; its workspace still lists it.
+    pub fn stop_agent(&self, id: Uuid, end: End) {
+        let running =
+            lock(&self.agents).iter_mut().find(|slot| slot.id == id).and_then(|slot| slot.running.take());
+        if let Some(agent) = running {
+            agent.end(id, &self.control.0.coordinator, end);
+        }
+    }
+
+    /// Starts an agent anew: the same addresses, new keys. One that runs is ended first.
+    pub fn start_agent(&self, id: Uuid, end: End) {
+        self.stop_agent(id, end);
+        let mut agents = lock(&self.agents);
+        if let Some(slot) = agents.iter_mut().find(|slot| slot.id == id) {
+            slot.running = self.run(slot.id, slot.region, &slot.title, &slot.counters);
+        }
+    }
+
+    /// Makes an agent deaf and dumb inside the tunnel, or ends that. The coordinator does not notice.
+    pub fn mute_agent(&self, id: Uuid, is_mute: bool) {
+        if let Some(agent) =
+            lock(&self.agents).iter().find(|slot| slot.id == id).and_then(|slot| slot.running.as_ref())
+        {
+            agent.mute(is_mute);
+        }
+    }
+
+    /// Adds a running workspace with agents of these names. Returns the agents.
+    pub fn add_workspace(&self, name: &str, agent_names: &[&str]) -> Vec<AgentInfo> {
+        let workspace = random_id();
+        let agents: Vec<(Uuid, String)> =
+            agent_names.iter().map(|agent| (random_id(), (*agent).to_owned())).collect();
+        for (id, agent) in &agents {
+            self.admit(*id, workspace, format!("{agent}.{name}"));
+        }
+        self.control.change_workspaces(|all| {
+            let agents = agents.iter().cloned().collect();
+            all.0.insert(workspace, Workspace { name: name.to_owned(), status: Status::Running, agents });
+        });
+        agents.iter().filter_map(|(id, _)| self.agent(*id)).collect()
+    }
+
+    /// Adds an agent to a workspace. Returns it, if there is that workspace.
+    pub fn add_agent(&self, workspace: &str, name: &str) -> Option<AgentInfo> {
+        let workspace_id = self.control.workspaces().find(workspace)?;
+        let id = random_id();
+        self.admit(id, workspace_id, format!("{name}.{workspace}"));
+        self.control.change_workspaces(|all| {
+            if let Some(workspace) = all.0.get_mut(&workspace_id) {
+                workspace.agents.insert(id, name.to_owned());
+            }
+        });
+        self.agent(id)
+    }
+
+    /// Takes an agent out of its workspace and ends it.
+    pub fn remove_agent(&self, id: Uuid) {
+        self.control.change_workspaces(|all| {
+            all.0.values_mut().for_each(|workspace| {
+                workspace.agents.remove(&id);
+            });
+        });
+        self.dismiss(id);
+    }
+
+    /// Removes a workspace and ends its agents. Returns whether there was one.
+    pub fn remove_workspace(&self, name: &str) -> bool {
+        let Some(id) = self.control.workspaces().find(name) else { return false };
+        let mut removed = None;
+        self.control.change_workspaces(|all| removed = all.0.remove(&id));
+        removed
+            .into_iter()
+            .flat_map(|workspace| workspace.agents.into_keys())
+            .for_each(|agent| self.dismiss(agent));
+        true
+    }
+
+    /// Ends everything and waits for it.
+    pub async fn stop(self) {
+        lock(&self.agents).clear();
+        self.work.stop().await;
+    }
+
+    /// How many tasks the lab runs.
+    #[must_use]
+    pub fn tasks(&self) -> usize {
+        self.work.len()
+    }
+
+    /// The workspaces of the start, told together.
+    fn populate(&self) {
+        let options = &self.control.0.options;
+        let mut first = Workspaces::default();
+        for number in 1..=options.agents {
+            let (workspace, agent) = (random_id(), random_id());
+            let name = format!("{}-{number}", options.workspace_prefix);
+            self.admit(agent, workspace, format!("{}.{name}", options.agent_name));
+            let agents = [(agent, options.agent_name.clone())].into();
+            first.0.insert(workspace, Workspace { name, status: Status::Running, agents });
+        }
+        self.control.change_workspaces(|all| *all = first);
+    }
+
+    fn admit(&self, id: Uuid, workspace: Uuid, title: String) {
+        let counters = Arc::default();
+        let mut agents = lock(&self.agents);
+        let is_spread = self.control.0.options.spread_agents;
+        let region = if is_spread { agents.len() % self.relays.len() } else { 0 };
+        let running = self.run(id, region, &title, &counters);
+        agents.push(Slot { id, workspace, region, title, counters, running });
+    }
+
+    fn run(
+        &self,
+        id: Uuid,
+        region: usize,
+        title: &str,
+        counters: &Arc<agent::core::Counters>,
+    ) -> Option<Agent> {
+        let (number, relay) = self.relays.get(region)?;
+        let coordinator = Arc::clone(&self.control.0.coordinator);
+        let home = Home { region: *number, relay: relay.clone(), coordinator };
+        Some(Agent::start(id, title.to_owned(), home, &self.work, Arc::clone(counters)))
+    }
+
+    fn dismiss(&self, id: Uuid) {
+        self.stop_agent(id, End::Graceful);
+        self.control.0.coordinator.forget(id);
+        lock(&self.agents).retain(|slot| slot.id != id);
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        self.work.cancel();
+    }
+}
+
+async fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), LabError> {
+    let fail = |error| LabError::Listen { address, error };
+    let listener = TcpListener::bind(address).await.map_err(fail)?;
+    let bound = listener.local_addr().map_err(fail)?;
+    Ok((listener, bound))
+}
+
+fn lock(agents: &Mutex<Vec<Slot>>) -> MutexGuard<'_, Vec<Slot>> {
+    agents.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Regions of the lab have numbers that are ports, too.
+fn region_number(id: i64) -> u16 {
+    u16::try_from(id).unwrap_or(u16::MAX)
+}
+
+/// A token as deployments make them: ten characters, a dash, 22 characters.
+fn random_token() -> String {
+    const ALPHABET: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
+    let letter =
+        |byte: u8| ALPHABET.get(usize::from(byte) % ALPHABET.len()).map_or('x', |letter| char::from(*letter));
+    let letters: String = random::<32>().into_iter().map(letter).collect();
+    let (key, secret) = letters.split_at(10);
+    format!("{key}-{secret}")
+}
+
+fn random_id() -> Uuid {
+    uuid::Builder::from_random_bytes(random()).into_uuid()
+}

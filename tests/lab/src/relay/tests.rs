@@ -1,0 +1,135 @@
+use tokio::io::DuplexStream;
+
+use super::*;
+
+const LIMIT: Duration = Duration::from_secs(10);
+
+#[tokio::test]
+async fn packets_go_to_the_key_they_are_for_and_name_their_sender() {
+    let relay = Relay::new(LIMIT);
+    let (mut a, mut b) = (Client::log_in(&relay).await, Client::log_in(&relay).await);
+    a.send(b.key, b"hello").await;
+    assert_eq!(b.next().await, (wire::RECV_PACKET, Bytes::from([a.key.0.as_slice(), b"hello"].concat())));
+    assert_eq!(relay.packets(), 1);
+}
+
+#[tokio::test]
+async fn a_clients_end_is_told_to_those_it_sent_to() {
+    let relay = Relay::new(LIMIT);
+    let (mut a, mut b) = (Client::log_in(&relay).await, Client::log_in(&relay).await);
+    b.send(a.key, b"hello").await;
+    a.next().await;
+    relay.kill(&b.key);
+    let gone = Bytes::from([b.key.0.as_slice(), &[GONE_DISCONNECTED]].concat());
+    assert_eq!(a.next().await, (wire::PEER_GONE, gone));
+    assert_eq!(relay.clients(), [a.key]);
+}
+
+#[tokio::test]
+async fn a_probe_to_nobody_is_answered_three_times_and_other_packets_never() {
+    let relay = Relay::new(LIMIT);
+    let mut a = Client::log_in(&relay).await;
+    let nobody = NodePrivate::generate().public();
+    let mut probe = "TS💬".as_bytes().to_vec();
+    probe.resize(100, 0);
+    a.send(nobody, &[4; 100]).await;
+    for _ in 0..5 {
+        a.send(nobody, &probe).await;
+    }
+    a.write(&wire::frame(wire::PING, &[&[9; 8]])).await;
+    let mut gone = 0;
+    loop {
+        match a.next().await {
+            (wire::PEER_GONE, body) => {
+                assert_eq!(body[32], GONE_NOT_HERE);
+                gone += 1;
+            }
+            (wire::PONG, _) => break,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(gone, NOT_HERE_BURST);
+}
+
+#[tokio::test]
+async fn of_two_connections_with_one_key_the_one_heard_last_receives() {
+    let relay = Relay::new(LIMIT);
+    let mut sender = Client::log_in(&relay).await;
+    let private = NodePrivate::generate();
+    let mut old = Client::log_in_as(&relay, private.clone()).await;
+    let mut new = Client::log_in_as(&relay, private).await;
+    sender.send(old.key, b"1").await;
+    assert_eq!(new.next().await.1[32..], *b"1");
+    old.write(&wire::frame(wire::PING, &[&[9; 8]])).await;
+    assert_eq!(old.next().await.0, wire::PONG);
+    sender.send(old.key, b"2").await;
+    assert_eq!(old.next().await.1[32..], *b"2");
+}
+
+#[tokio::test]
+async fn a_client_that_breaks_a_rule_is_cut_off() {
+    let relay = Relay::new(LIMIT);
+    for frame in [
+        wire::frame(wire::NOTE_PREFERRED, &[&[1, 1]]),
+        wire::frame(wire::PING, &[&[1; 7]]),
+        wire::frame(wire::WATCH_CONNECTIONS, &[]),
+        wire::frame(wire::SEND_PACKET, &[&[1; 31]]),
+    ] {
+        let mut client = Client::log_in(&relay).await;
+        client.write(&frame).await;
+        assert!(relay.wait_for(&client.key, false, LIMIT).await, "{frame:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_stalled_relay_keeps_its_clients_and_says_nothing_until_it_is_released() {
+    let relay = Relay::new(LIMIT);
+    let mut a = Client::log_in(&relay).await;
+    relay.stall(true);
+    a.write(&wire::frame(wire::PING, &[&[9; 8]])).await;
+    assert!(timeout(Duration::from_millis(50), a.next()).await.is_err());
+    relay.stall(false);
+    assert_eq!(a.next().await.0, wire::PONG);
+}
+
+struct Client {
+    stream: DuplexStream,
+    arrived: BytesMut,
+    key: NodePublic,
+}
+
+impl Client {
+    async fn log_in(relay: &Relay) -> Self {
+        Self::log_in_as(relay, NodePrivate::generate()).await
+    }
+
+    async fn log_in_as(relay: &Relay, private: NodePrivate) -> Self {
+        let (stream, far) = tokio::io::duplex(64 * 1024);
+        let server = relay.clone();
+        tokio::spawn(async move { server.serve(&Work::default(), far).await });
+        let mut client = Self { stream, arrived: BytesMut::new(), key: private.public() };
+        let (_, key) = client.next().await;
+        let server = wire::open_server_key(&key).unwrap();
+        client.write(&wire::client_info(&private, &client.key.clone(), &server)).await;
+        assert_eq!(client.next().await.0, wire::SERVER_INFO);
+        client
+    }
+
+    async fn write(&mut self, frame: &[u8]) {
+        self.stream.write_all(frame).await.unwrap();
+    }
+
+    async fn send(&mut self, to: NodePublic, packet: &[u8]) {
+        self.write(&wire::frame(wire::SEND_PACKET, &[&to.0, packet])).await;
+    }
+
+    async fn next(&mut self) -> (u8, Bytes) {
+        loop {
+            if let Some(frame) = wire::take(&mut self.arrived).unwrap() {
+                return frame;
+            }
+            let read = timeout(LIMIT, self.stream.read_buf(&mut self.arrived)).await.unwrap().unwrap();
+            assert!(read > 0, "the relay has hung up");
+        }
+    }
+}

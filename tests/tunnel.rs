@@ -1,0 +1,603 @@
+//! The tunnel process as managers see it: its command line, its frames, its exit status. No privilege
+//! needed: where a device is wanted, a socket that carries bare packets stands for it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+
+mod support;
+
+use std::{
+    os::{
+        fd::OwnedFd,
+        unix::net::{UnixDatagram, UnixStream},
+    },
+    path::Path,
+    process::Stdio,
+    time::Duration,
+};
+
+use rustix::process::{Pid, Signal};
+use support::{LIMIT, WARREN, can_isolate};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    process::{Child, ChildStdin, ChildStdout, Command},
+    time::{sleep, timeout},
+};
+use warren_lab::{Ended, Lab, LabOptions};
+use warren_proto::{
+    frame::{self, Decoder, MAX_FRAME},
+    vpn::{
+        GetPeerUpdate, ManagerMessage, NetworkSettingsResponse, PeerUpdate, Rpc, StartRequest, StartResponse,
+        StopRequest, StopResponse, TunnelMessage, manager_message::Msg as Order, tunnel_message::Msg,
+    },
+};
+use warren_supervisor::link::LinkClient;
+
+const OUR_LINE: &[u8] = b"codervpn manager 1.3\n";
+const ITS_LINE: &[u8] = b"codervpn tunnel 1.3\n";
+
+mod command_line {
+    use super::*;
+
+    /// What the reference says after its own error, from closing what the manager had closed.
+    const ITS_OWN_DEFECT: &str = "vpn-daemon run --rpc-read-handle 0 --rpc-write-handle 1";
+
+    #[tokio::test]
+    async fn every_recorded_command_line_is_answered_as_recorded() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("proto/tests/vectors/vpn/command-line.json");
+        let vectors: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let entries = vectors["entries"].as_array().unwrap();
+        assert!(entries.len() > 20);
+        for entry in entries.iter().filter(|entry| entry["name"] != ITS_OWN_DEFECT) {
+            let arguments = entry["args"].as_array().unwrap().iter().map(|it| it.as_str().unwrap());
+            let variables = entry["env"].as_object().unwrap().iter();
+            let output = Command::new(WARREN)
+                .args(arguments)
+                .envs(variables.map(|(name, value)| (name, value.as_str().unwrap())))
+                .stdin(Stdio::null())
+                .output()
+                .await
+                .unwrap();
+            let expected: Vec<_> = entry["stderr"].as_array().unwrap().iter().map(program).collect();
+            assert_eq!(lines(&output.stderr), expected, "{entry}");
+            assert_eq!(
+                i64::from(output.status.code().unwrap()),
+                entry["status"].as_i64().unwrap(),
+                "{entry}"
+            );
+            assert_eq!(output.stdout.is_empty(), entry["stdout_empty"] == true, "{entry}");
+        }
+    }
+
+    /// The recorded line, of a program with our name.
+    fn program(line: &serde_json::Value) -> String {
+        line.as_str().unwrap().replace("\"coder ", "\"warren ")
+    }
+
+    #[tokio::test]
+    async fn a_manager_that_leaves_before_the_handshake_is_named_with_its_descriptor() {
+        let mut tunnel = Tunnel::spawn(&[], Handed::Nothing).await;
+        drop(tunnel.stdin.take());
+        assert_eq!(tunnel.exit().await, 1);
+        let error = "error: create new tunnel for client: handshake failed: read header: read from pipe_read \
+                     (fd=0): EOF";
+        assert_eq!(lines(&tunnel.stderr().await).last().unwrap(), error);
+    }
+
+    #[tokio::test]
+    async fn a_handshake_that_cannot_be_understood_ends_with_status_1_and_says_what_came() {
+        let mut tunnel = Tunnel::spawn(&[], Handed::Nothing).await;
+        tunnel.write(b"codervpn client 1.3\n").await;
+        assert_eq!(tunnel.exit().await, 1);
+        let error = "error: create new tunnel for client: handshake failed: validate header (codervpn client \
+                     1.3): unexpected role";
+        assert_eq!(lines(&tunnel.stderr().await).last().unwrap(), error);
+    }
+
+    #[tokio::test]
+    async fn a_log_filter_that_does_not_parse_is_named_with_a_remedy() {
+        let output = Command::new(WARREN)
+            .args(["vpn-daemon", "run", "--rpc-read-handle", "0", "--rpc-write-handle", "1"])
+            .env("WARREN_LOG", "a=b=c")
+            .stdin(Stdio::null())
+            .output()
+            .await
+            .unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(text.contains("a=b=c") && text.contains("Use directives"), "{text}");
+    }
+}
+
+mod requests {
+    use super::*;
+
+    #[tokio::test]
+    async fn peers_are_told_before_a_start_too_and_then_there_are_none() {
+        let mut tunnel = Tunnel::greeted().await;
+        tunnel.send(1, Order::GetPeerUpdate(GetPeerUpdate {})).await;
+        assert_eq!(tunnel.frame().await, answer(1, Msg::PeerUpdate(PeerUpdate::default())));
+    }
+
+    #[tokio::test]
+    async fn a_start_that_was_refused_leaves_nothing_in_the_way_of_the_next() {
+        let lab = lab().await;
+        let mut tunnel = Tunnel::greeted().await;
+        tunnel.send(1, Order::Start(StartRequest::default())).await;
+        let missing = StartResponse { success: false, error_message: "missing coder url".to_owned() };
+        assert_eq!(tunnel.frame().await, answer(1, Msg::Start(missing)));
+
+        tunnel.send(2, start(&lab, "wrong-token", 0)).await;
+        let refused = tunnel.start_response(2).await;
+        assert!(!refused.success, "a wrong token was accepted");
+        assert!(refused.error_message.starts_with("failed to start connection: "), "{refused:?}");
+
+        tunnel.send(3, start(&lab, lab.token(), 0)).await;
+        let response = tunnel.start_response(3).await;
+        assert!(response.success, "{response:?}");
+        tunnel.pinged().await;
+    }
+
+    #[tokio::test]
+    async fn a_device_that_is_not_open_fails_the_start_before_any_contact_with_the_network() {
+        let lab = lab().await;
+        let mut tunnel = Tunnel::greeted().await;
+        tunnel.send(1, start(&lab, lab.token(), 99)).await;
+        let response = tunnel.start_response(1).await;
+        assert!(!response.success);
+        let error = "failed to create networking stack dependencies: packet_io could not start: descriptor 99 is \
+                     not open in this process";
+        assert_eq!(response.error_message, error);
+        assert!(lab.control().recording().requests.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_manager_that_gives_a_device_is_asked_to_set_it_up_and_is_sent_the_log() {
+        let lab = lab().await;
+        let (_ours, theirs) = UnixDatagram::pair().unwrap();
+        let mut tunnel = Tunnel::spawn(&[], Handed::Device(theirs)).await.greet().await;
+        tunnel.send(1, start(&lab, lab.token(), DESCRIPTOR)).await;
+        let (mut asked, mut logged) = (None, false);
+        let response = loop {
+            let message = tunnel.frame().await;
+            match message.msg.unwrap() {
+                Msg::NetworkSettings(settings) => {
+                    let id = message.rpc.unwrap().msg_id;
+                    let agreed = NetworkSettingsResponse { success: true, error_message: String::new() };
+                    tunnel.respond(id, Order::NetworkSettings(agreed)).await;
+                    asked = Some(settings);
+                }
+                Msg::Log(_) => logged = true,
+                Msg::Start(response) => break response,
+                Msg::PeerUpdate(_) => {}
+                other => panic!("{other:?}"),
+            }
+        };
+        assert!(response.success, "{response:?}");
+        let settings = asked.unwrap();
+        assert_eq!(settings.mtu, 1280);
+        assert!(settings.ipv6_settings.unwrap().addrs[0].starts_with("fd60:627a:a42b:"));
+        assert!(logged);
+    }
+}
+
+mod own_network {
+    use super::*;
+
+    const NAME: &str =
+        "own_network::a_tunnel_that_owns_its_network_makes_and_sets_a_device_that_goes_with_it";
+    /// Set for the test's second life, inside namespaces of its own.
+    const INSIDE: &str = "WARREN_TEST_INSIDE";
+
+    #[tokio::test]
+    async fn a_tunnel_that_owns_its_network_makes_and_sets_a_device_that_goes_with_it() {
+        if std::env::var_os(INSIDE).is_some() {
+            return inside().await;
+        }
+        if !can_isolate(NAME) {
+            return;
+        }
+        let output = Command::new("unshare")
+            .args(["--user", "--map-root-user", "--net"])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", "--nocapture", NAME])
+            .env(INSIDE, "1")
+            .output()
+            .await
+            .unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
+        assert!(text(&output.stdout).contains("1 passed"), "{}", text(&output.stdout));
+    }
+
+    async fn inside() {
+        loopback_up().await;
+        let lab = lab().await;
+        let mut tunnel = Tunnel::spawn(&["--no-device=false"], Handed::Nothing).await.greet().await;
+        tunnel.start(&lab).await;
+        // Start does not wait for the kernel to have everything.
+        eventually(|| has("if_inet6", "fd60627aa42b")).await;
+        eventually(|| has("ipv6_route", "fd60627aa42b00000000000000000000 30 ")).await;
+        let agent = &lab.agents()[0];
+        let page = timeout(LIMIT, fetch((agent.address, agent.http_port))).await.unwrap();
+        assert!(page.starts_with("HTTP/1.1 200"), "{page}");
+
+        tunnel.send(2, Order::Stop(StopRequest {})).await;
+
+        assert_eq!(tunnel.exit().await, 0);
+        assert!(!has("dev", "warren0:") && !has("if_inet6", "fd60"));
+    }
+
+    /// Whether a line of this table of the kernel begins so and is about our device.
+    fn has(table: &str, prefix: &str) -> bool {
+        let table = std::fs::read_to_string(format!("/proc/net/{table}")).unwrap();
+        table.lines().any(|line| line.trim_start().starts_with(prefix) && line.contains("warren0"))
+    }
+
+    /// A new network namespace has its loopback down.
+    async fn loopback_up() {
+        let (connection, handle, _) = rtnetlink::new_connection().unwrap();
+        tokio::spawn(connection);
+        let up = rtnetlink::LinkUnspec::new_with_index(1).up().build();
+        handle.link().set(up).execute().await.unwrap();
+    }
+
+    async fn fetch(server: (std::net::Ipv6Addr, u16)) -> String {
+        let mut stream = tokio::net::TcpStream::connect(server).await.unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n").await.unwrap();
+        let mut page = Vec::new();
+        stream.read_to_end(&mut page).await.unwrap();
+        String::from_utf8_lossy(&page).into_owned()
+    }
+}
+
+mod ends {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_answer_to_a_stop_is_the_last_frame_and_the_deployment_hears_a_goodbye() {
+        let lab = lab().await;
+        let mut tunnel = Tunnel::started(&lab).await;
+        tunnel.send(9, Order::Stop(StopRequest {})).await;
+        let stopped = StopResponse { success: true, error_message: String::new() };
+        let last = tunnel.rest().await.pop().unwrap();
+        assert_eq!(last, answer(9, Msg::Stop(stopped)));
+        assert_eq!(tunnel.exit().await, 0);
+        said_goodbye(&lab).await;
+    }
+
+    #[tokio::test]
+    async fn a_manager_that_goes_ends_the_tunnel_with_status_69() {
+        let lab = lab().await;
+        let mut tunnel = Tunnel::started(&lab).await;
+        drop(tunnel.stdin.take());
+        assert_eq!(tunnel.exit().await, 69);
+        said_goodbye(&lab).await;
+    }
+
+    #[tokio::test]
+    async fn a_manager_that_dies_takes_stderr_with_it_and_the_tunnel_still_ends_in_order() {
+        let lab = lab().await;
+        let mut tunnel = Tunnel::started(&lab).await;
+        drop(tunnel.child.stderr.take());
+        drop(tunnel.stdin.take());
+        assert_eq!(tunnel.exit().await, 69);
+        said_goodbye(&lab).await;
+    }
+
+    #[tokio::test]
+    async fn a_signal_ends_the_tunnel_in_order_with_status_0() {
+        for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+            let lab = lab().await;
+            let mut tunnel = Tunnel::started(&lab).await;
+            tunnel.signal(signal);
+            assert_eq!(tunnel.exit().await, 0);
+            said_goodbye(&lab).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_manager_that_breaks_the_protocol_ends_the_tunnel_with_status_76() {
+        let mut tunnel = Tunnel::greeted().await;
+        tunnel.write(&[0xff; 8]).await;
+        assert_eq!(tunnel.exit().await, 76);
+    }
+
+    #[tokio::test]
+    async fn a_manager_that_does_not_read_keeps_no_tunnel_from_ending() {
+        let lab = lab().await;
+        let mut tunnel = Tunnel::started(&lab).await;
+        for id in 2..2000 {
+            let message = ManagerMessage {
+                rpc: Some(Rpc::request(id)),
+                msg: Some(Order::GetPeerUpdate(GetPeerUpdate {})),
+            };
+            let frame = frame::encode(&message).unwrap();
+            let Some(stdin) = &mut tunnel.stdin else { break };
+            if !timeout(Duration::from_secs(1), stdin.write_all(&frame)).await.is_ok_and(|sent| sent.is_ok())
+            {
+                break;
+            }
+        }
+        tunnel.signal(Signal::TERM);
+        // What it was sent meanwhile may have been too much for it.
+        let status = tunnel.exit().await;
+        assert!([0, 76].contains(&status), "{status}");
+    }
+}
+
+mod private_link {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_service_hears_metrics_tree_and_status_and_pings_by_the_private_link() {
+        let lab = lab().await;
+        let (mut tunnel, link) = Tunnel::linked(&[]).await;
+        assert_eq!(link.status(LIMIT).await.unwrap().control, "idle");
+        tunnel.start(&lab).await;
+        tunnel.pinged().await;
+
+        let status = link.status(LIMIT).await.unwrap();
+        assert_eq!(status.control, "up");
+        assert!(!status.home_region.is_empty() && !status.absent.is_empty(), "{status:?}");
+        let names: Vec<_> = link.tree(LIMIT).await.unwrap().into_iter().map(|node| node.name).collect();
+        let parts =
+            ["root", "session", "net", "packet_io", "registry", "relay", "pinger", "coordinator"].as_slice();
+        assert_eq!(names, parts);
+        let exposition = link.scrape(LIMIT).await.unwrap();
+        assert!(exposition.contains("process=\"tunnel\""), "{exposition}");
+        assert!(exposition.contains("warren_actor_mailbox_depth"), "{exposition}");
+        assert!(!exposition.contains(lab.token()));
+        let ping = link.ping_agent(lab.agents()[0].id, Duration::from_secs(20)).await.unwrap().unwrap();
+        assert!(!ping.direct && ping.latency > Duration::ZERO);
+    }
+
+    #[tokio::test]
+    async fn faults_are_forced_only_where_they_are_allowed() {
+        let (_tunnel, link) = Tunnel::linked(&[]).await;
+        link.fault("session", "panic", LIMIT).await.unwrap();
+        let tree = link.tree(LIMIT).await.unwrap();
+        assert!(tree.iter().all(|node| node.restarts == 0), "{tree:?}");
+    }
+
+    #[tokio::test]
+    async fn a_session_that_crashes_is_restarted_and_one_that_goes_on_crashing_ends_with_status_70() {
+        let lab = lab().await;
+        let (mut tunnel, link) = Tunnel::linked(&["--allow-faults"]).await;
+        tunnel.start(&lab).await;
+        for crash in 1..=3 {
+            link.fault("session", "panic", LIMIT).await.unwrap();
+            restarted(&link, "session", crash).await;
+        }
+        tunnel.send(9, Order::GetPeerUpdate(GetPeerUpdate {})).await;
+        while tunnel.frame().await.rpc != Some(Rpc::response(9)) {}
+
+        link.fault("session", "panic", LIMIT).await.unwrap();
+
+        assert_eq!(tunnel.exit().await, 70);
+        said_goodbye(&lab).await;
+    }
+
+    #[tokio::test]
+    async fn a_part_of_the_net_that_crashes_is_restarted_alone() {
+        let lab = lab().await;
+        let (mut tunnel, link) = Tunnel::linked(&["--allow-faults"]).await;
+        tunnel.start(&lab).await;
+        for part in ["packet_io", "registry", "relay", "pinger", "coordinator"] {
+            link.fault(part, "panic", LIMIT).await.unwrap();
+            restarted(&link, part, 1).await;
+        }
+        let tree = link.tree(LIMIT).await.unwrap();
+        assert!(tree.iter().filter(|node| node.restarts > 0).count() == 5, "{tree:?}");
+        let ping = link.ping_agent(lab.agents()[0].id, Duration::from_secs(20)).await.unwrap();
+        assert!(ping.is_ok(), "{ping:?}");
+    }
+
+    async fn restarted(link: &LinkClient, part: &str, times: u64) {
+        let watching = async {
+            let is_back = |tree: Vec<warren_proto::link::tree::Node>| {
+                tree.iter().any(|node| node.name == part && node.restarts == times && node.state == "running")
+            };
+            while !is_back(link.tree(LIMIT).await.unwrap()) {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(LIMIT, watching).await.unwrap();
+    }
+}
+
+/// Where the shell puts what is handed over.
+const DESCRIPTOR: i32 = 7;
+
+/// What a tunnel process is handed besides the manager's two descriptors.
+enum Handed {
+    Nothing,
+    Device(UnixDatagram),
+    Link(UnixStream),
+}
+
+/// A tunnel process, and its manager's ends. The manager is on standard input and output: whatever else is
+/// written there breaks the frames.
+struct Tunnel {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    stdout: ChildStdout,
+    decoder: Decoder,
+}
+
+impl Tunnel {
+    /// With what is handed over as number [`DESCRIPTOR`], at the cost of what it says on stderr.
+    async fn spawn(arguments: &[&str], handed: Handed) -> Self {
+        let variable = format!("WARREN_LINK_FD={DESCRIPTOR}");
+        let shell = format!("exec \"$0\" \"$@\" {DESCRIPTOR}<&2 2>/dev/null");
+        let (program, before, descriptor): (_, &[&str], _) = match handed {
+            Handed::Nothing => (WARREN, &[], None),
+            Handed::Device(device) => ("sh", &["-c", &shell, WARREN], Some(OwnedFd::from(device))),
+            Handed::Link(link) => {
+                ("env", &[&variable, "sh", "-c", &shell, WARREN], Some(OwnedFd::from(link)))
+            }
+        };
+        let mut child = Command::new(program)
+            .args(before)
+            .args(["vpn-daemon", "run", "--rpc-read-handle", "0", "--rpc-write-handle=1", "--no-device"])
+            .args(arguments)
+            .env("WARREN_LOG", "debug")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(descriptor.map_or_else(Stdio::piped, Stdio::from))
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let (stdin, stdout) = (child.stdin.take(), child.stdout.take().unwrap());
+        Self { child, stdin, stdout, decoder: Decoder::new(MAX_FRAME) }
+    }
+
+    async fn greeted() -> Self {
+        Self::spawn(&[], Handed::Nothing).await.greet().await
+    }
+
+    async fn linked(arguments: &[&str]) -> (Self, LinkClient) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let tunnel = Self::spawn(arguments, Handed::Link(theirs)).await.greet().await;
+        let link = tokio::net::UnixStream::from_std(ours).unwrap();
+        (tunnel, LinkClient::connect(link).await.unwrap())
+    }
+
+    async fn started(lab: &Lab) -> Self {
+        let mut tunnel = Self::greeted().await;
+        tunnel.start(lab).await;
+        tunnel
+    }
+
+    async fn start(&mut self, lab: &Lab) {
+        self.send(1, start(lab, lab.token(), 0)).await;
+        let response = self.start_response(1).await;
+        assert!(response.success, "{response:?}");
+    }
+
+    async fn greet(mut self) -> Self {
+        self.write(OUR_LINE).await;
+        let mut line = vec![0; ITS_LINE.len()];
+        timeout(LIMIT, self.stdout.read_exact(&mut line)).await.unwrap().unwrap();
+        assert_eq!(line, ITS_LINE);
+        self
+    }
+
+    async fn write(&mut self, bytes: &[u8]) {
+        self.stdin.as_mut().unwrap().write_all(bytes).await.unwrap();
+    }
+
+    async fn send(&mut self, id: u64, order: Order) {
+        self.put(ManagerMessage { rpc: Some(Rpc::request(id)), msg: Some(order) }).await;
+    }
+
+    async fn respond(&mut self, id: u64, order: Order) {
+        self.put(ManagerMessage { rpc: Some(Rpc::response(id)), msg: Some(order) }).await;
+    }
+
+    async fn put(&mut self, message: ManagerMessage) {
+        self.write(&frame::encode(&message).unwrap()).await;
+    }
+
+    async fn next(&mut self) -> Option<TunnelMessage> {
+        let mut piece = [0; 4096];
+        loop {
+            if let Some(message) = self.decoder.next().unwrap() {
+                return Some(message);
+            }
+            let length =
+                timeout(LIMIT, self.stdout.read(&mut piece)).await.expect("a frame in time").unwrap();
+            if length == 0 {
+                assert!(self.decoder.is_between_frames());
+                return None;
+            }
+            self.decoder.extend(&piece[..length]);
+        }
+    }
+
+    async fn frame(&mut self) -> TunnelMessage {
+        self.next().await.expect("a frame, not the end")
+    }
+
+    /// Every frame up to the end of the stream.
+    async fn rest(&mut self) -> Vec<TunnelMessage> {
+        let mut frames = Vec::new();
+        while let Some(frame) = self.next().await {
+            frames.push(frame);
+        }
+        frames
+    }
+
+    async fn start_response(&mut self, id: u64) -> StartResponse {
+        loop {
+            let message = self.frame().await;
+            if let Some(Msg::Start(response)) = message.msg {
+                assert_eq!(message.rpc, Some(Rpc::response(id)));
+                return response;
+            }
+        }
+    }
+
+    /// Waits until an agent has answered a ping.
+    async fn pinged(&mut self) {
+        let is_ping = |message: TunnelMessage| match message.msg {
+            Some(Msg::PeerUpdate(update)) => {
+                update.upserted_agents.iter().any(|agent| agent.last_ping.is_some())
+            }
+            _ => false,
+        };
+        while !is_ping(self.frame().await) {}
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(self.child.id().unwrap().cast_signed()).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    async fn exit(&mut self) -> i32 {
+        let status = timeout(LIMIT, self.child.wait()).await.expect("an end in time").unwrap();
+        status.code().unwrap_or_else(|| panic!("{status}"))
+    }
+
+    async fn stderr(&mut self) -> Vec<u8> {
+        let mut text = Vec::new();
+        self.child.stderr.take().unwrap().read_to_end(&mut text).await.unwrap();
+        text
+    }
+}
+
+async fn lab() -> Lab {
+    Lab::start(LabOptions { agents: 1, ..LabOptions::default() }).await.unwrap()
+}
+
+fn start(lab: &Lab, token: &str, descriptor: i32) -> Order {
+    Order::Start(StartRequest {
+        coder_url: lab.url().to_owned(),
+        api_token: token.to_owned(),
+        tunnel_file_descriptor: descriptor,
+        ..StartRequest::default()
+    })
+}
+
+fn answer(id: u64, msg: Msg) -> TunnelMessage {
+    TunnelMessage { rpc: Some(Rpc::response(id)), msg: Some(msg) }
+}
+
+/// Looks until `done`.
+async fn eventually(mut done: impl FnMut() -> bool) {
+    let looking = async {
+        while !done() {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(LIMIT, looking).await.unwrap();
+}
+
+/// Waits until the control plane has seen the tunnel leave of its own will.
+async fn said_goodbye(lab: &Lab) {
+    let left = lab.control().wait(LIMIT, |recording| recording.connections.first()?.ended.clone()).await;
+    assert!(matches!(left, Some(Ended::Closed(..))), "{left:?}");
+}
+
+fn lines(text: &[u8]) -> Vec<String> {
+    String::from_utf8_lossy(text).lines().map(str::to_owned).collect()
+}
