@@ -260,17 +260,20 @@ impl Tunnels {
     }
 
     fn act(&self, context: &Context<Message>, state: &mut State) {
+        let mut answers = Vec::new();
         for effect in state.life.poll_effects() {
             match effect {
                 Effect::Launch(order) => self.launch(context, state, order),
                 Effect::End(ending) => self.end(context, state, ending),
-                Effect::Answer(ticket, outcome) => state.answer(ticket, outcome),
+                Effect::Answer(ticket, outcome) => answers.push((ticket, outcome)),
                 Effect::Count(reason) => {
                     metrics::counter!(names::TUNNEL_RESTARTS, "reason" => reason.label()).increment(1);
                 }
             }
         }
+        // Whoever gets an answer and asks for the status at once finds them to agree.
         state.publish(state.life.shown().clone());
+        answers.into_iter().for_each(|(ticket, outcome)| state.answer(ticket, outcome));
         state.set_timer(context);
     }
 
