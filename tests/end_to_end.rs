@@ -139,7 +139,8 @@ fn a_killed_services_device_goes_and_its_successor_resumes() {
     let up = service.warren(&["up", "--wait"]);
     assert!(up.status.success(), "{}", support::stderr(&up));
     assert!(network.has_device("warren0"));
-    let tunnel = service.tunnel_pid().unwrap();
+    let tunnel =
+        service.tunnel_pid().unwrap_or_else(|| panic!("{:?}", support::process(&service.tree(), "tunnel")));
 
     service.kill();
 

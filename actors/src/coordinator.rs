@@ -1,7 +1,7 @@
 //! The control-plane coordinator: keeps the control connection, and the facts that come through it.
 //!
 //! Writes the cells `link`, `network_map`, `relay_map` and `workspaces`. It decides when to dial and what the
-//! end of a connection means; one [`Attempt`] at a time does the work and reports. What must survive a
+//! end of a connection means; one `Attempt` at a time does the work and reports. What must survive a
 //! crash is in the cells and in [`ControlMemory`]: the successor is the same peer to the deployment, and no
 //! peer is unprogrammed meanwhile.
 

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!            ┌─ response ─> its waiter
-//! bytes ─> reader ─ anything else ─> Inbox (bounded; overflow ends the connection)
+//! bytes ─> reader ─ anything else ─> Inbox (bounded; the peer waits a while, then the connection ends)
 //! bytes <─ writer <─ frames (bounded) <─ Speaker, cloned freely
 //! ```
 //!
@@ -50,9 +50,11 @@ const QUEUE: usize = 16;
 const QUEUE_BYTES: usize = QUEUE * (MAX_FRAME + frame::PREFIX);
 const _: () = assert!(QUEUE_BYTES <= 300 << 20, "frames that wait must not exhaust a small machine");
 
-/// Messages that wait for whoever handles them. A peer that sends more without waiting for answers is
-/// broken, and its connection ends.
+/// Messages that wait for whoever handles them.
 const INBOX: usize = 256;
+/// How long a peer that sends more is left waiting. A burst of log lines is over by then; a peer that goes
+/// on without waiting for answers is broken, and its connection ends.
+const ROOM_LIMIT: Duration = Duration::from_secs(5);
 
 /// Bytes read at a time.
 const READ: usize = 16 * 1024;
@@ -466,13 +468,13 @@ impl<In: SpeakerMessage> Connection<In> {
                 Ok(length) => decoder.extend(piece.get(..length).unwrap_or_default()),
                 Err(error) => return End::Broken { action: "read", error: error.to_string() },
             }
-            if let Err(end) = self.deliver(&mut decoder, inbox) {
+            if let Err(end) = self.deliver(&mut decoder, inbox).await {
                 return end;
             }
         }
     }
 
-    fn deliver(&self, decoder: &mut Decoder, inbox: &mpsc::Sender<Incoming<In>>) -> Result<(), End> {
+    async fn deliver(&self, decoder: &mut Decoder, inbox: &mpsc::Sender<Incoming<In>>) -> Result<(), End> {
         while let Some(message) = decoder.next::<In>()? {
             self.count_frame("in", message.method());
             let kind = classify(message.rpc());
@@ -480,11 +482,12 @@ impl<In: SpeakerMessage> Connection<In> {
                 self.resolve(id, message);
                 continue;
             }
-            match inbox.try_send(Incoming { message, kind, received_at: Instant::now() }) {
-                Ok(()) => {}
-                Err(mpsc::error::TrySendError::Full(_)) => return Err(End::Overflow),
+            let received_at = Instant::now();
+            match timeout(ROOM_LIMIT, inbox.reserve()).await {
+                Ok(Ok(room)) => room.send(Incoming { message, kind, received_at }),
+                Err(_) => return Err(End::Overflow),
                 // Nobody wants requests, but calls still get their responses.
-                Err(mpsc::error::TrySendError::Closed(_)) => {}
+                Ok(Err(mpsc::error::SendError(()))) => {}
             }
         }
         Ok(())

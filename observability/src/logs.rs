@@ -2,9 +2,10 @@
 
 use std::{fmt, io, str::FromStr};
 
+use tracing::{Level, Metadata};
 use tracing_subscriber::{
     EnvFilter, Layer, Registry,
-    filter::{FilterExt, dynamic_filter_fn},
+    filter::{FilterExt, dynamic_filter_fn, filter_fn},
     layer::SubscriberExt,
     util::SubscriberInitExt,
 };
@@ -78,12 +79,19 @@ pub struct OtherReader {
     pub takes: Box<dyn Fn(&str) -> bool + Send + Sync>,
 }
 
+/// Whether a line may be logged at all, whatever the directives say: at the loudest level libraries show whole
+/// frames and requests, with all their secrets.
+pub fn is_decent(line: &Metadata<'_>) -> bool {
+    *line.level() < Level::TRACE || line.target().starts_with("warren")
+}
+
 /// Sends log lines to stderr, or to `other` while it takes them.
 pub fn init(options: &LogOptions, other: Option<OtherReader>) -> Result<(), LogError> {
     let filter = EnvFilter::try_new(&options.filter)
         .map_err(|error| LogError::Filter { filter: options.filter.clone(), reason: error.to_string() })?;
     let (other, takes) = other.map(|other| (other.layer, other.takes)).unzip();
     let stays = dynamic_filter_fn(move |line, _| !takes.as_ref().is_some_and(|takes| takes(line.target())));
+    let filter = filter.and(filter_fn(is_decent));
     let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(false);
     let lines: ExtraLayer = match options.format {
         Format::Text => lines.with_target(true).with_filter(filter.and(stays)).boxed(),

@@ -161,7 +161,7 @@ pub struct Peers {
 
 impl Peers {
     /// Takes one update of the tunnel: deletes first, then upserts (vpn-protocol 7.4). What is beyond
-    /// [`MAX_PEERS`] is not kept.
+    /// `MAX_PEERS` is not kept.
     pub fn apply(&mut self, update: vpn::PeerUpdate) {
         update.deleted_agents.iter().for_each(|agent| drop(self.agents.remove(&agent.id)));
         update.deleted_workspaces.iter().for_each(|workspace| drop(self.workspaces.remove(&workspace.id)));

@@ -44,7 +44,7 @@ pub enum Message {
     /// Sets address, routes and MTU, if the tunnel may ask for these.
     Apply {
         /// What the tunnel asks for.
-        settings: vpn::NetworkSettingsRequest,
+        settings: Box<vpn::NetworkSettingsRequest>,
         /// Whether it is done, or why not, in words for a person.
         reply: Reply<Result<(), String>>,
     },

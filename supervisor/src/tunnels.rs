@@ -254,7 +254,6 @@ impl Tunnels {
                 state.life.handle_timeout(now());
             }
             #[cfg(test)]
-            #[expect(clippy::panic, reason = "forced by a test, to be survived")]
             Report::Fault => panic!("a test forced this panic"),
         }
     }

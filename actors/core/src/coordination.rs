@@ -283,13 +283,14 @@ impl Coordination {
         let unreadable = |_| Ignored { peer: None, reason: IgnoredReason::Id(update.id.len()) };
         let id = Uuid::from_slice(&update.id).map_err(unreadable)?;
         self.destinations.hear_of(&id);
-        let handled = match Kind::try_from(update.kind) {
-            Ok(Kind::Node) => self.handle_node(now, id, update.node.as_ref()),
-            Ok(Kind::ReadyForHandshake) => Ok(self.handle_ready(now, id)),
-            Ok(Kind::Disconnected) => Ok(drop(self.peers.remove(&id))),
-            Ok(Kind::Lost) => Ok(self.handle_lost(now, &id, last_handshake)),
-            Ok(Kind::Unspecified) | Err(_) => Err(IgnoredReason::Kind(update.kind)),
-        };
+        let mut handled = Ok(());
+        match Kind::try_from(update.kind) {
+            Ok(Kind::Node) => handled = self.handle_node(now, id, update.node.as_ref()),
+            Ok(Kind::ReadyForHandshake) => self.handle_ready(now, id),
+            Ok(Kind::Disconnected) => drop(self.peers.remove(&id)),
+            Ok(Kind::Lost) => self.handle_lost(now, &id, last_handshake),
+            Ok(Kind::Unspecified) | Err(_) => handled = Err(IgnoredReason::Kind(update.kind)),
+        }
         self.reprogram(&id);
         handled.map_err(|reason| Ignored { peer: Some(id), reason })
     }

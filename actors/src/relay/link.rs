@@ -1,7 +1,7 @@
 //! One link to a relay region: a task that dials, logs in, moves frames both ways, notices when the relay
 //! is gone, and dials again (tailnet-data 2 to 4). It belongs to the data plane and ends when it is closed.
 //!
-//! The reader hands packets to [`Inbound`] and never waits for anybody; what it has to answer goes into the
+//! The reader hands packets to `Inbound` and never waits for anybody; what it has to answer goes into the
 //! queue that the writer empties.
 
 use std::{

@@ -172,17 +172,19 @@ pub(super) async fn tree(State(shared): State<Arc<Shared>>) -> Json<Value> {
         .map(|tree| tree.snapshot().iter().map(own_node).collect())
         .unwrap_or_default();
     let mut processes = vec![json!({ "process": "service", "pid": std::process::id(), "nodes": own })];
-    let link = shared.service.link.get().as_ref().clone();
-    if let Some(link) = link {
-        let pid = shared.service.tunnel.get().pid;
-        processes.push(match link.tree(TUNNEL_LIMIT).await {
-            Ok(nodes) => {
-                let nodes: Vec<Value> = nodes.iter().map(tunnel_node).collect();
-                json!({ "process": "tunnel", "pid": pid, "nodes": nodes })
-            }
-            Err(error) => json!({ "process": "tunnel", "pid": pid, "nodes": [], "error": error.to_string() }),
-        });
-    }
+    let (link, pid) = (shared.service.link.get().as_ref().clone(), shared.service.tunnel.get().pid);
+    let tunnel = match link {
+        Some(link) => Some(link.tree(TUNNEL_LIMIT).await.map_err(|error| error.to_string())),
+        // A process that is only starting, or another program than ours.
+        None => pid.map(|_| Err("it cannot be asked".to_owned())),
+    };
+    processes.extend(tunnel.map(|nodes| match nodes {
+        Ok(nodes) => {
+            let nodes: Vec<Value> = nodes.iter().map(tunnel_node).collect();
+            json!({ "process": "tunnel", "pid": pid, "nodes": nodes })
+        }
+        Err(error) => json!({ "process": "tunnel", "pid": pid, "nodes": [], "error": error }),
+    }));
     Json(json!({ "processes": processes }))
 }
 

@@ -1,1 +1,292 @@
-//! Tests of the local API.
+//! Real requests at real sockets; the tunnel is a double at the other end of a private link.
+
+use std::{future::Future, pin::Pin, sync::OnceLock};
+
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use uuid::Uuid;
+use warren_actors::runtime::Address;
+use warren_observability::exporter::{Exporter, Process};
+use warren_proto::{link::TunnelStatus, vpn};
+
+use super::*;
+use crate::{
+    child::{ChildSpec, SupervisorSpec},
+    config::Config,
+    facts::{Options, TunnelState},
+    link::{self, AgentPing, Answers, LinkClient},
+    paths::{Paths, Scope},
+    process::Spawner,
+    sockets,
+    tree::{NodeInfo, Tree},
+};
+
+const LIMIT: Duration = Duration::from_secs(20);
+const AGENT: Uuid = Uuid::from_bytes([7; 16]);
+
+/// A process has one recorder.
+fn exporter() -> Exporter {
+    static EXPORTER: OnceLock<Exporter> = OnceLock::new();
+    EXPORTER.get_or_init(|| Exporter::install(Process::Service, "0.0.0").unwrap()).clone()
+}
+
+/// A tunnel that knows one agent.
+struct Double;
+
+impl Answers for Double {
+    fn exposition(&self) -> String {
+        "# TYPE warren_peers gauge\nwarren_peers{process=\"tunnel\",connection_type=\"derp\"} 1\n\
+         # TYPE evil gauge\nevil 1\n"
+            .to_owned()
+    }
+
+    fn tree(&self) -> Vec<NodeInfo> {
+        Vec::new()
+    }
+
+    fn status(&self) -> TunnelStatus {
+        TunnelStatus { control: "up".into(), home_region: "Lab".into(), ..Default::default() }
+    }
+
+    fn ping(
+        &self,
+        agent: Uuid,
+        _: Duration,
+    ) -> Pin<Box<dyn Future<Output = Result<AgentPing, String>> + Send>> {
+        let latency = Duration::from_millis(5);
+        let answer = match agent {
+            AGENT => Ok(AgentPing { latency, direct: false, region: "Lab".to_owned() }),
+            _ => Err("no such agent".to_owned()),
+        };
+        Box::pin(async { answer })
+    }
+
+    fn fault(&self, _: &str, _: &str) {}
+}
+
+struct Bench {
+    service: Arc<Service>,
+    metrics: std::net::SocketAddr,
+    _tree: Tree,
+    folder: TempDir,
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = Paths {
+            scope: Scope::User,
+            runtime_dir: folder.path().to_owned(),
+            state_dir: folder.path().to_owned(),
+            config: folder.path().join("config.toml"),
+            config_is_named: false,
+        };
+        let options = Options {
+            with_device: false,
+            allow_faults: false,
+            version: "0.0.0",
+            uid: rustix::process::geteuid().as_raw(),
+            log_filter: "info".into(),
+            ca_file: None,
+        };
+        let metrics = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = metrics.local_addr().unwrap();
+        let surface = Arc::new(Surface {
+            vpn: Arc::new([]),
+            api: sockets::listen(&paths.api_socket(), 0o600, None).unwrap(),
+            metrics: Some(metrics),
+            exporter: exporter(),
+            tree: OnceLock::new(),
+        });
+        let spawner = Spawner::start(tokio::runtime::Handle::current()).unwrap();
+        let service = Arc::new(Service::new(paths, Config::default(), options, spawner));
+        let (asked, shown) = (Arc::clone(&service), Arc::clone(&surface));
+        let spec = SupervisorSpec::new("root", 3, Duration::from_secs(300))
+            .child(ChildSpec::part(&Address::new("api", 1), move || {
+                Api::new(Arc::clone(&asked), Arc::clone(&shown))
+            }));
+        let tree = Tree::start(spec).await.unwrap();
+        let _ = surface.tree.set(tree.clone());
+        Self { service, metrics: address, _tree: tree, folder }
+    }
+
+    /// With a tunnel and its agent `dev.main`.
+    async fn with_tunnel() -> Self {
+        let bench = Self::new().await;
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        tokio::spawn(link::serve(theirs, Arc::new(Double)));
+        bench.service.link.claim().unwrap().set(Some(LinkClient::connect(ours).await.unwrap()));
+        let started =
+            TunnelState { lifecycle: vpn::status::Lifecycle::Started, pid: Some(42), ..Default::default() };
+        bench.service.tunnel.claim().unwrap().set(started);
+        let mut peers = crate::facts::Peers::default();
+        let workspace_id: bytes::Bytes = vec![1; 16].into();
+        peers.apply(vpn::PeerUpdate {
+            upserted_workspaces: vec![vpn::Workspace {
+                id: workspace_id.clone(),
+                name: "dev".into(),
+                ..Default::default()
+            }],
+            upserted_agents: vec![vpn::Agent {
+                id: AGENT.as_bytes().to_vec().into(),
+                name: "main".into(),
+                workspace_id,
+                ..Default::default()
+            }],
+            ..Default::default()
+        });
+        bench.service.peers.claim().unwrap().set(peers);
+        bench
+    }
+
+    /// The status and the body of the answer to a request at the Unix socket.
+    async fn ask(&self, method: &str, path: &str) -> (u16, String) {
+        let stream = UnixStream::connect(self.folder.path().join("api.sock")).await.unwrap();
+        exchange(stream, method, path, "localhost").await
+    }
+
+    async fn get(&self, path: &str) -> (u16, String) {
+        self.ask("GET", path).await
+    }
+
+    /// The same at the loopback listener.
+    async fn get_tcp(&self, path: &str, host: &str) -> (u16, String) {
+        let stream = tokio::net::TcpStream::connect(self.metrics).await.unwrap();
+        exchange(stream, "GET", path, host).await
+    }
+}
+
+async fn exchange(
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    method: &str,
+    path: &str,
+    host: &str,
+) -> (u16, String) {
+    let request = format!("{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    tokio::time::timeout(LIMIT, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+}
+
+#[tokio::test]
+async fn health_needs_no_tunnel_and_readiness_does() {
+    let bench = Bench::new().await;
+    assert_eq!(bench.get_tcp("/healthz", "localhost").await.0, 200);
+    assert_eq!(bench.get_tcp("/startupz", "localhost").await.0, 200);
+    let (status, body) = bench.get_tcp("/readyz", "localhost").await;
+    assert_eq!((status, body.as_str()), (503, "no tunnel is wanted\n"));
+    let bench = Bench::with_tunnel().await;
+    assert_eq!(bench.get_tcp("/readyz", "localhost").await.0, 200);
+}
+
+#[tokio::test]
+async fn a_name_of_another_machine_is_not_served_on_loopback() {
+    let bench = Bench::new().await;
+    let port = bench.metrics.port();
+    for host in ["localhost", "LOCALHOST:1", "127.0.0.1", "127.9.9.9", "[::1]", &format!("[::1]:{port}")] {
+        assert_eq!(bench.get_tcp("/healthz", host).await.0, 200, "{host}");
+    }
+    for host in ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "10.0.0.1", ""] {
+        assert_eq!(bench.get_tcp("/healthz", host).await.0, 403, "{host}");
+    }
+}
+
+#[tokio::test]
+async fn names_are_not_to_be_had_on_loopback() {
+    let bench = Bench::with_tunnel().await;
+    for path in ["/v1/status", "/v1/tree", "/v1/logs", "/v1/ping/dev.main"] {
+        assert_eq!(bench.get_tcp(path, "localhost").await.0, 404, "{path}");
+    }
+    let (_, page) = bench.get_tcp("/", "localhost").await;
+    assert!(page.contains("started") && page.contains("0 of 1") && !page.contains("dev.main"), "{page}");
+}
+
+#[tokio::test]
+async fn metrics_are_those_of_both_processes_as_far_as_they_are_known() {
+    let bench = Bench::with_tunnel().await;
+    let (status, metrics) = bench.get_tcp("/metrics", "localhost").await;
+    assert_eq!(status, 200);
+    for sample in [
+        "warren_peers{process=\"tunnel\",connection_type=\"derp\"} 1",
+        "warren_tunnel_scrape_success{process=\"service\"} 1",
+        "warren_actor_mailbox_depth{process=\"service\",actor=\"api\"} 0",
+    ] {
+        assert!(metrics.contains(sample), "{sample} is missing:\n{metrics}");
+    }
+    assert!(!metrics.contains("evil"));
+}
+
+#[tokio::test]
+async fn status_and_tree_tell_of_both_processes() {
+    let bench = Bench::with_tunnel().await;
+    let (_, status) = bench.get("/v1/status").await;
+    let status: Value = serde_json::from_str(&status).unwrap();
+    assert_eq!(status["lifecycle"], "started");
+    assert_eq!(status["tunnel_pid"], 42);
+    assert_eq!(status["control"]["state"], "up");
+    assert_eq!(status["home_region"], "Lab");
+    let (_, tree) = bench.get("/v1/tree").await;
+    let tree: Value = serde_json::from_str(&tree).unwrap();
+    assert_eq!(tree["processes"][0]["nodes"][1]["name"], "api");
+    assert_eq!(tree["processes"][1]["process"], "tunnel");
+    assert_eq!(tree["processes"][1]["pid"], 42);
+}
+
+#[tokio::test]
+async fn pings_come_one_a_line() {
+    let bench = Bench::with_tunnel().await;
+    let (status, body) = bench.get("/v1/ping/main.dev?count=2").await;
+    assert_eq!(status, 200);
+    let lines: Vec<Value> = body.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let pongs = lines.iter().filter(|line| line["latency_seconds"] == 0.005 && line["region"] == "Lab");
+    assert_eq!(pongs.count(), 2, "{body}");
+}
+
+#[tokio::test]
+async fn a_ping_without_a_tunnel_or_to_nobody_is_refused_in_words() {
+    let (status, body) = Bench::new().await.get("/v1/ping/dev.main").await;
+    assert_eq!(status, 503);
+    assert!(body.contains("warren up"), "{body}");
+    let (status, body) = Bench::with_tunnel().await.get("/v1/ping/prod").await;
+    assert_eq!(status, 404);
+    assert!(body.contains("dev.main"), "{body}");
+}
+
+#[tokio::test]
+async fn the_last_words_of_the_tunnel_are_lines() {
+    let bench = Bench::new().await;
+    bench.service.log.keep("first");
+    bench.service.log.keep("second");
+    let (_, logs) = bench.get("/v1/logs").await;
+    assert_eq!(logs, r#"{"lines":["first","second"]}"#);
+}
+
+#[cfg(feature = "faults")]
+#[tokio::test]
+async fn faults_are_not_to_be_had_unless_the_service_was_started_for_them() {
+    let bench = Bench::new().await;
+    let body = r#"{"process":"service","actor":"api","kind":"panic"}"#;
+    let mut stream = UnixStream::connect(bench.folder.path().join("api.sock")).await.unwrap();
+    let request = format!(
+        "POST /v1/fault HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\
+         Connection: close\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 404"), "{answer}");
+}
+
+#[test]
+fn only_names_of_this_machine_are_local() {
+    for host in ["localhost", "localhost:9420", "127.0.0.1:9420", "[::1]:9420"] {
+        assert!(is_local_name(host), "{host}");
+    }
+    for host in ["localhost.evil.example", "[fd60::1]:1", "0.0.0.0", ":80"] {
+        assert!(!is_local_name(host), "{host}");
+    }
+}

@@ -7,17 +7,22 @@ use tracing::{
     Event, Level, Subscriber,
     field::{Field, Visit},
 };
-use tracing_subscriber::{EnvFilter, Layer, layer::Context};
+use tracing_subscriber::{
+    EnvFilter, Layer,
+    filter::{FilterExt, filter_fn},
+    layer::Context,
+};
 use warren_actors::session::LogSink;
-use warren_observability::logs::OtherReader;
+use warren_observability::logs::{OtherReader, is_decent};
 use warren_proto::vpn::log;
 
 /// Feeds `sink`, while it is open, with what `filter` lets through. A filter that does not parse is refused
 /// where stderr is set up.
 pub(super) fn reader(sink: LogSink, filter: &str) -> OtherReader {
     let takes = sink.clone();
+    let filter = EnvFilter::try_new(filter).unwrap_or_default().and(filter_fn(is_decent));
     OtherReader {
-        layer: ManagerLog(sink).with_filter(EnvFilter::try_new(filter).unwrap_or_default()).boxed(),
+        layer: ManagerLog(sink).with_filter(filter).boxed(),
         takes: Box::new(move |target| takes.is_open() && LogSink::accepts(target)),
     }
 }
@@ -53,19 +58,28 @@ struct Line {
     fields: Vec<(&'static str, String)>,
 }
 
+impl Line {
+    /// Where a library's line stands in its source, as the `log` crate tells it, is no news.
+    fn push(&mut self, name: &'static str, value: String) {
+        if !name.starts_with("log.") {
+            self.fields.push((name, value));
+        }
+    }
+}
+
 impl Visit for Line {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         match field.name() {
             // A string takes whatever is written.
             "message" => drop(write!(self.message, "{value:?}")),
-            name => self.fields.push((name, format!("{value:?}"))),
+            name => self.push(name, format!("{value:?}")),
         }
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
         match field.name() {
             "message" => self.message.push_str(value),
-            name => self.fields.push((name, value.to_owned())),
+            name => self.push(name, value.to_owned()),
         }
     }
 }

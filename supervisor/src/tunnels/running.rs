@@ -232,7 +232,9 @@ impl Ear {
         let (speaker, host) = (self.speaker.clone(), self.service.host_part.clone());
         answers.spawn(async move {
             let begun = Instant::now();
-            let asked = host.ask(SETTINGS_LIMIT, |reply| host::Message::Apply { settings, reply }).await;
+            let asked = host
+                .ask(SETTINGS_LIMIT, |reply| host::Message::Apply { settings: Box::new(settings), reply })
+                .await;
             let outcome = asked.unwrap_or_else(|error| Err(format!("the service could not do it: {error}")));
             count_settings(outcome.is_ok(), begun);
             let _ = speaker.respond(id, respond(outcome)).await;
