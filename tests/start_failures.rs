@@ -81,9 +81,9 @@ fn a_refused_upgrade_is_told_in_the_deployments_words() {
     control.fail_check(Check::Version, Times::Always);
     up_fails(&service, 1, &["400", "Unknown or unsupported API version"]);
     control.heal();
-    let message = "Only on Tuesdays.".to_owned();
+    let message = "Only on Tuesdays".to_owned();
     control.fail(Endpoint::Tailnet, HttpFault::Status(http_status(403), message), Times::Always);
-    up_fails(&service, 1, &["403", "Only on Tuesdays."]);
+    up_fails(&service, 1, &["403", "Only on Tuesdays"]);
     up_works(&deployment, &service);
 }
 

@@ -110,21 +110,22 @@ pub struct AgentPing {
 struct Reader {
     half: OwnedReadHalf,
     decoder: Decoder,
+    /// On the heap: as part of a future it would overflow a worker's stack.
+    arriving: Box<[u8]>,
 }
 
 impl Reader {
     fn new(half: OwnedReadHalf) -> Self {
-        Self { half, decoder: Decoder::new(MAX_FRAME) }
+        Self { half, decoder: Decoder::new(MAX_FRAME), arriving: vec![0; READ].into() }
     }
 
     async fn next(&mut self) -> Result<Frame, LinkError> {
-        let mut bytes = [0; READ];
         loop {
             if let Some(frame) = self.decoder.next::<Frame>()? {
                 return Ok(frame);
             }
-            let length = self.half.read(&mut bytes).await?;
-            let arrived = bytes.get(..length).unwrap_or_default();
+            let length = self.half.read(&mut self.arriving).await?;
+            let arrived = self.arriving.get(..length).unwrap_or_default();
             if arrived.is_empty() {
                 return Err(LinkError::Closed);
             }

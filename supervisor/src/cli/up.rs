@@ -16,7 +16,7 @@ use super::{
 const EXAMPLES: &str = "\
 Examples:
   warren up
-  warren up --wait --timeout 2m && ssh agent.workspace.me.coder
+  warren up --wait --timeout 2m && warren status
 
 Without --wait it returns as soon as the tunnel is connected to the deployment; with it, when every
 agent of a running workspace has answered a ping.";

@@ -155,8 +155,7 @@ where
         };
         let link = match pipes.link {
             None => None,
-            // Its buffers would make every future around it large.
-            Some(stream) => match Box::pin(LinkClient::connect(stream)).await {
+            Some(stream) => match LinkClient::connect(stream).await {
                 Ok(link) => Some(link),
                 Err(error) => return Err(self.mute(&process, &error.to_string()).await),
             },
