@@ -112,7 +112,9 @@ pub fn listen(path: &Path, mode: u32, group: Option<Gid>) -> Result<UnixListener
     }
     let bound =
         path.parent().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput)).and_then(|parent| {
-            let private = tempfile::Builder::new().prefix(".sock-").tempdir_in(parent)?;
+            let only_ours = fs::Permissions::from_mode(0o700);
+            let private =
+                tempfile::Builder::new().prefix(".sock-").permissions(only_ours).tempdir_in(parent)?;
             let new = private.path().join("s");
             let listener = UnixListener::bind(&new)?;
             fs::set_permissions(&new, fs::Permissions::from_mode(mode))?;

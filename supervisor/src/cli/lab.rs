@@ -17,7 +17,10 @@ mod probe;
 use std::{
     io,
     net::{Ipv4Addr, SocketAddr, TcpListener},
-    os::fd::{AsRawFd, OwnedFd, RawFd},
+    os::{
+        fd::{AsRawFd, OwnedFd, RawFd},
+        unix::fs::PermissionsExt,
+    },
     path::PathBuf,
     time::Duration,
 };
@@ -92,7 +95,8 @@ async fn outside(args: Args) -> Outcome {
     }
     let listener = TcpListener::bind(args.metrics_listen)
         .map_err(|error| CliError::failed(format!("cannot listen at {}: {error}", args.metrics_listen)))?;
-    let folder = tempfile::Builder::new().prefix("warren-lab-").tempdir()?;
+    let only_ours = std::fs::Permissions::from_mode(0o700);
+    let folder = tempfile::Builder::new().prefix("warren-lab-").permissions(only_ours).tempdir()?;
     let outcome = match device_problem(args.no_tun) {
         None => match spawn(&args, folder.path().into(), &listener, Isolation::Namespaces) {
             Ok(child) => supervise(child).await,
