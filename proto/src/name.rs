@@ -123,6 +123,42 @@ mod tests {
     }
 
     #[test]
+    fn a_suffix_may_have_dots_but_none_at_its_ends_and_no_two_together() {
+        let under = |suffix| agent_names("a", "w", "u", suffix, OnlyAgent::No);
+        assert_eq!(under("Dev.Example.Com").unwrap()[0], "a.w.u.dev.example.com.");
+        for suffix in ["", ".", ".coder", "coder.", "dev..example"] {
+            assert!(matches!(under(suffix), Err(NameError::EmptyLabel(_))), "{suffix:?}");
+            assert!(matches!(probe_name(suffix), Err(NameError::EmptyLabel(_))), "{suffix:?}");
+        }
+    }
+
+    #[test]
+    fn lengths_count_bytes_of_the_lower_case_form() {
+        assert!(names(&"\u{e4}".repeat(31), "w", OnlyAgent::Yes).is_ok());
+        assert!(matches!(
+            names(&"\u{e4}".repeat(32), "w", OnlyAgent::Yes),
+            Err(NameError::LabelTooLong { .. })
+        ));
+        // Two bytes that become three.
+        let growing = "\u{23a}".repeat(31);
+        assert_eq!((growing.len(), growing.to_lowercase().len()), (62, 93));
+        assert!(matches!(names(&growing, "w", OnlyAgent::Yes), Err(NameError::LabelTooLong { .. })));
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_name_is_said_in_words() {
+        let empty = names("", "w", OnlyAgent::No).unwrap_err();
+        assert_eq!(empty.to_string(), r#"the name ".w.me.corp.example.com" has an empty label"#);
+        let long = "x".repeat(64);
+        let too_long = names(&long, "w", OnlyAgent::No).unwrap_err().to_string();
+        let name = format!("{long}.w.me.corp.example.com");
+        assert_eq!(too_long, format!("the label {long:?} of the name {name:?} is longer than 63 bytes"));
+        let suffix = ["s"; 130].join(".");
+        let whole = agent_names("a", "w", "u", &suffix, OnlyAgent::No).unwrap_err().to_string();
+        assert!(whole.ends_with("is longer than 253 bytes"), "{whole}");
+    }
+
+    #[test]
     fn a_name_has_at_most_253_bytes_without_its_last_dot() {
         let suffix = |length: usize| ["s".repeat(60).as_str(); 5].join(".")[..length].to_owned();
         let fixed = "a.w.me.".len();

@@ -378,3 +378,6 @@ fn remove_tunnel(id: &Uuid) -> CoordinateRequest {
 fn tunnel(id: &Uuid) -> Tunnel {
     Tunnel { id: Bytes::copy_from_slice(id.as_bytes()) }
 }
+
+#[cfg(test)]
+mod tests;

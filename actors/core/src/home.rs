@@ -68,17 +68,16 @@ impl Homes {
         self.home
     }
 
-    /// Takes a new map: leaves a home that is no relay region any more, and takes the only relay region
-    /// there is without waiting for a measurement. Returns the home.
+    /// Takes a new map: leaves a home that is no relay region any more. Without a home, takes the only relay
+    /// region there is without waiting for a measurement, or the fastest of the last one. Returns the home.
     pub fn handle_map(&mut self, map: &RelayMap) -> Option<RegionId> {
         self.leave_vanished(map);
-        match *candidates(map, |_| true) {
-            [only] => self.move_to(Some(only)),
-            _ if self.home.is_none() => {
-                let remembered = self.reports.back().map(|(_, report)| report.clone()).unwrap_or_default();
-                self.move_to(self.fastest(map, &remembered));
-            }
-            _ => {}
+        if self.home.is_none() {
+            let home = match *candidates(map, |_| true) {
+                [only] => Some(only),
+                _ => self.fastest(map, &self.measured_last()),
+            };
+            self.move_to(home);
         }
         self.home
     }
@@ -106,6 +105,10 @@ impl Homes {
         while self.reports.len() > MAX_REPORTS || self.reports.front().is_some_and(|(at, _)| too_old(*at)) {
             self.reports.pop_front();
         }
+    }
+
+    fn measured_last(&self) -> Latencies {
+        self.reports.back().map(|(_, report)| report.clone()).unwrap_or_default()
     }
 
     fn leave_vanished(&mut self, map: &RelayMap) {
@@ -166,140 +169,4 @@ fn scaled(latency: Duration, score: f64) -> Duration {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::relay_map::Node;
-
-    #[test]
-    fn the_only_relay_is_home_before_anything_is_measured() {
-        let mut homes = Homes::new(None, 7);
-        assert_eq!(
-            homes.handle_map(&map(&[(999, Kind::Relay), (1000, Kind::StunOnly)])),
-            Some(RegionId(999))
-        );
-    }
-
-    #[test]
-    fn a_map_without_relays_gives_no_home() {
-        let mut homes = Homes::new(None, 7);
-        let map = map(&[(1000, Kind::StunOnly)]);
-        assert_eq!(homes.handle_map(&map), None);
-        let report = report(&[(1000, 1)]);
-        assert_eq!(homes.handle_report(Instant::now(), &map, &report, HomeLink::Unhealthy), None);
-    }
-
-    #[test]
-    fn the_fastest_relay_becomes_home() {
-        let map = map(&[(1, Kind::Relay), (2, Kind::Relay), (3, Kind::StunOnly)]);
-        assert_eq!(measure(&mut Homes::new(None, 7), &map, &[(1, 80), (2, 20), (3, 1)]), Some(RegionId(2)));
-    }
-
-    #[test]
-    fn a_small_gain_does_not_move_the_home() {
-        let map = map(&[(1, Kind::Relay), (2, Kind::Relay)]);
-        let mut by_little = Homes::new(Some(RegionId(1)), 7);
-        assert_eq!(measure(&mut by_little, &map, &[(1, 12), (2, 4)]), Some(RegionId(1)), "less than 10 ms");
-        let mut by_a_tenth = Homes::new(Some(RegionId(1)), 7);
-        assert_eq!(measure(&mut by_a_tenth, &map, &[(1, 200), (2, 180)]), Some(RegionId(1)), "under a third");
-        let mut by_much = Homes::new(Some(RegionId(1)), 7);
-        assert_eq!(measure(&mut by_much, &map, &[(1, 200), (2, 100)]), Some(RegionId(2)));
-    }
-
-    #[test]
-    fn one_slow_measurement_of_another_region_is_forgiven_for_five_minutes() {
-        let map = map(&[(1, Kind::Relay), (2, Kind::Relay)]);
-        let mut homes = Homes::new(None, 7);
-        let start = Instant::now();
-        homes.handle_report(start, &map, &report(&[(1, 50), (2, 200)]), HomeLink::Healthy);
-        let later = start + Duration::from_secs(20);
-        let home = homes.handle_report(later, &map, &report(&[(1, 300), (2, 90)]), HomeLink::Healthy);
-        assert_eq!(home, Some(RegionId(1)), "its best of five minutes is still the best");
-        let much_later = later + MEMORY + Duration::from_secs(1);
-        let home = homes.handle_report(much_later, &map, &report(&[(1, 300), (2, 90)]), HomeLink::Healthy);
-        assert_eq!(home, Some(RegionId(2)));
-    }
-
-    #[test]
-    fn scores_multiply_latency() {
-        let mut map = map(&[(1, Kind::Relay), (2, Kind::Relay)]);
-        map.scores.insert(RegionId(1), 0.1);
-        map.scores.insert(RegionId(2), -3.0);
-        assert_eq!(measure(&mut Homes::new(None, 7), &map, &[(1, 100), (2, 20)]), Some(RegionId(1)));
-    }
-
-    #[test]
-    fn a_region_to_avoid_is_home_only_where_nothing_else_answers() {
-        let map = map(&[(1, Kind::Avoided), (2, Kind::Relay)]);
-        let mut homes = Homes::new(Some(RegionId(1)), 7);
-        assert_eq!(measure(&mut homes, &map, &[(1, 5), (2, 80)]), Some(RegionId(2)));
-        assert_eq!(measure(&mut Homes::new(None, 7), &map, &[(1, 5)]), Some(RegionId(1)));
-    }
-
-    #[test]
-    fn a_healthy_home_survives_two_missed_reports_and_no_third() {
-        let map = map(&[(1, Kind::Relay), (2, Kind::Relay)]);
-        let mut homes = Homes::new(Some(RegionId(1)), 7);
-        assert_eq!(measure(&mut homes, &map, &[(2, 5)]), Some(RegionId(1)));
-        assert_eq!(measure(&mut homes, &map, &[(2, 5)]), Some(RegionId(1)));
-        assert_eq!(measure(&mut homes, &map, &[(2, 5)]), Some(RegionId(2)));
-    }
-
-    #[test]
-    fn an_unhealthy_home_is_left_for_one_that_answers() {
-        let map = map(&[(1, Kind::Relay), (2, Kind::Relay)]);
-        let mut homes = Homes::new(Some(RegionId(1)), 7);
-        let report = report(&[(2, 5)]);
-        let home = homes.handle_report(Instant::now(), &map, &report, HomeLink::Unhealthy);
-        assert_eq!(home, Some(RegionId(2)));
-    }
-
-    #[test]
-    fn without_any_answer_the_home_stays_and_a_missing_one_is_chosen_by_the_seed() {
-        let map = map(&[(1, Kind::Relay), (2, Kind::Relay), (3, Kind::Avoided)]);
-        assert_eq!(measure(&mut Homes::new(Some(RegionId(3)), 7), &map, &[]), Some(RegionId(3)));
-        assert_eq!(measure(&mut Homes::new(None, 4), &map, &[]), Some(RegionId(1)));
-        assert_eq!(measure(&mut Homes::new(None, 5), &map, &[]), Some(RegionId(2)));
-    }
-
-    #[test]
-    fn a_home_that_vanished_is_replaced_by_what_was_measured_last() {
-        let mut homes = Homes::new(None, 7);
-        let three = map(&[(1, Kind::Relay), (2, Kind::Relay), (3, Kind::Relay)]);
-        assert_eq!(measure(&mut homes, &three, &[(1, 5), (2, 90), (3, 30)]), Some(RegionId(1)));
-        let two = map(&[(2, Kind::Relay), (3, Kind::Relay)]);
-        assert_eq!(homes.handle_map(&two), Some(RegionId(3)));
-    }
-
-    #[test]
-    fn an_absurd_score_is_no_panic() {
-        let mut map = map(&[(1, Kind::Relay), (2, Kind::Relay)]);
-        map.scores.insert(RegionId(1), f64::MAX);
-        assert_eq!(measure(&mut Homes::new(None, 7), &map, &[(1, 1), (2, 900)]), Some(RegionId(2)));
-    }
-
-    #[derive(Clone, Copy, PartialEq)]
-    enum Kind {
-        Relay,
-        Avoided,
-        StunOnly,
-    }
-
-    fn map(regions: &[(u16, Kind)]) -> RelayMap {
-        let region = |(id, kind): &(u16, Kind)| {
-            let node = Node { stun_only: *kind == Kind::StunOnly, ..Node::default() };
-            let (code, name) = (String::new(), format!("Region {id}"));
-            let id = RegionId(*id);
-            (id, Region { id, code, name, embedded: false, avoid: *kind == Kind::Avoided, nodes: vec![node] })
-        };
-        RelayMap { regions: regions.iter().map(region).collect(), scores: BTreeMap::new() }
-    }
-
-    fn report(millis: &[(u16, u64)]) -> Report {
-        let latency = |millis| RegionLatency { v4: Some(Duration::from_millis(millis)), v6: None };
-        millis.iter().map(|(id, millis)| (RegionId(*id), latency(*millis))).collect()
-    }
-
-    fn measure(homes: &mut Homes, map: &RelayMap, millis: &[(u16, u64)]) -> Option<RegionId> {
-        homes.handle_report(Instant::now(), map, &report(millis), HomeLink::Healthy)
-    }
-}
+mod tests;

@@ -118,7 +118,7 @@ impl OwnNode {
         Some(Node {
             id: self.identity.node_id,
             as_of: Some(rounded_to_microseconds(wall)),
-            key: Bytes::from([b"np".as_slice(), &self.identity.node_key.0].concat()),
+            key: Bytes::copy_from_slice(&self.identity.node_key.to_binary()),
             disco: self.identity.disco_key.to_string(),
             preferred_derp: i32::from(self.news.home?.0),
             derp_latency: latency_map(&self.latencies),
@@ -145,3 +145,6 @@ fn rounded_to_microseconds(wall: SystemTime) -> prost_types::Timestamp {
         nanos: micros * 1000,
     }
 }
+
+#[cfg(test)]
+mod tests;

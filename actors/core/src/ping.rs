@@ -6,7 +6,7 @@
 //! Work is linear in the number of peers.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
@@ -87,10 +87,17 @@ pub struct Pings<W> {
     outstanding: BTreeMap<TxId, Sent>,
     quick: BTreeSet<(Instant, Uuid)>,
     /// Whose ping is due and has not been sent.
-    queue: VecDeque<Uuid>,
-    next_burst: Instant,
+    queue: BTreeSet<Uuid>,
+    burst: Burst,
     waiters: Vec<Waiter<W>>,
     next_tick: Instant,
+}
+
+/// How many pings may still be sent before a moment.
+#[derive(Debug)]
+struct Burst {
+    left: usize,
+    ends: Instant,
 }
 
 #[derive(Debug)]
@@ -136,8 +143,8 @@ impl<W> Pings<W> {
             agents: BTreeMap::new(),
             outstanding: BTreeMap::new(),
             quick: BTreeSet::new(),
-            queue: VecDeque::new(),
-            next_burst: now,
+            queue: BTreeSet::new(),
+            burst: Burst { left: 0, ends: now },
             waiters: Vec::new(),
             next_tick: now + TICK,
         }
@@ -152,6 +159,7 @@ impl<W> Pings<W> {
         for id in gone {
             self.end_round(&id);
             self.agents.remove(&id);
+            self.queue.remove(&id);
         }
         for (id, Peer { node_key, .. }) in &map.peers {
             if !self.agents.contains_key(id) {
@@ -192,7 +200,7 @@ impl<W> Pings<W> {
     /// When [`Self::handle_timeout`] is due next.
     pub fn poll_timeout(&self) -> Instant {
         let quick = self.quick.first().map(|(due, _)| *due);
-        let burst = (!self.queue.is_empty()).then_some(self.next_burst);
+        let burst = (!self.queue.is_empty()).then_some(self.burst.ends);
         let waiters = self.waiters.iter().map(|waiter| waiter.until);
         waiters.chain(quick).chain(burst).fold(self.next_tick, Instant::min)
     }
@@ -285,14 +293,12 @@ impl<W> Pings<W> {
     }
 
     fn take_burst(&mut self, now: Instant) -> Vec<Uuid> {
-        if self.queue.is_empty() || self.next_burst > now {
-            return Vec::new();
+        if !self.queue.is_empty() && self.burst.ends <= now {
+            self.burst = Burst { left: BURST, ends: now + BURST_PAUSE };
         }
-        let burst: Vec<Uuid> = self.queue.drain(..self.queue.len().min(BURST)).collect();
-        if burst.len() == BURST {
-            self.next_burst = now + BURST_PAUSE;
-        }
-        burst
+        let count = self.burst.left.min(self.queue.len());
+        self.burst.left -= count;
+        std::iter::from_fn(|| self.queue.pop_first()).take(count).collect()
     }
 
     fn send(&mut self, now: Instant, id: &Uuid, txid: TxId) -> Option<Ping> {
@@ -352,105 +358,4 @@ pub fn report(
 }
 
 #[cfg(test)]
-mod tests {
-    use warren_proto::key::DiscoPublic;
-
-    use super::*;
-
-    #[test]
-    fn a_new_peer_is_pinged_at_once_and_then_on_every_tick() {
-        let begin = Instant::now();
-        let mut pings = with_peers(begin, 1);
-        let first = sent(&mut pings, begin);
-        assert_eq!(first.len(), 1);
-        let answer = pings.handle_pong(&first[0].txid, &first[0].peer, begin + MS * 30).unwrap();
-        assert_eq!(answer.latency, MS * 30);
-        assert_eq!(pings.poll_timeout(), begin + TICK);
-        assert_eq!(sent(&mut pings, begin + TICK).len(), 1);
-    }
-
-    #[test]
-    fn a_ping_that_could_not_be_sent_is_sent_as_soon_as_there_is_a_path() {
-        let begin = Instant::now();
-        let mut pings = with_peers(begin, 1);
-        let first = sent(&mut pings, begin);
-        pings.unsent(&first[0].txid);
-        pings.handle_path_up(begin + MS);
-        assert_eq!(sent(&mut pings, begin + MS).len(), 1);
-    }
-
-    #[test]
-    fn a_silent_peer_is_asked_quickly_and_times_out_once_a_tick() {
-        let begin = Instant::now();
-        let mut pings = with_peers(begin, 1);
-        let mut at = Vec::new();
-        while pings.poll_timeout() < begin + TICK {
-            let due = pings.poll_timeout();
-            at.extend(sent(&mut pings, due).iter().map(|_| due.duration_since(begin)));
-        }
-        assert_eq!(at, [Duration::ZERO, MS * 250, MS * 750, MS * 1750, MS * 3750]);
-        assert_eq!(pings.handle_timeout(begin + TICK, txid).timed_out.len(), 1);
-    }
-
-    #[test]
-    fn many_peers_are_pinged_in_bursts_within_a_fraction_of_the_tick() {
-        let begin = Instant::now();
-        let mut pings = with_peers(begin, 1000);
-        let (mut bursts, mut last) = (Vec::new(), begin);
-        while bursts.iter().sum::<usize>() < 1000 {
-            last = pings.poll_timeout().max(begin);
-            bursts.push(sent(&mut pings, last).len());
-        }
-        assert!(bursts.iter().all(|burst| *burst <= BURST), "{bursts:?}");
-        assert!(last.duration_since(begin) <= MS * 160, "{:?}", last.duration_since(begin));
-    }
-
-    #[test]
-    fn a_late_or_foreign_or_repeated_answer_counts_for_nothing() {
-        let begin = Instant::now();
-        let mut pings = with_peers(begin, 2);
-        let first = sent(&mut pings, begin);
-        assert_eq!(pings.handle_pong(&first[0].txid, &first[1].peer, begin + MS), None);
-        assert_eq!(pings.handle_pong(&first[0].txid, &first[0].peer, begin + TIMEOUT + MS), None);
-        assert!(pings.handle_pong(&first[1].txid, &first[1].peer, begin + MS).is_some());
-        assert_eq!(pings.handle_pong(&first[1].txid, &first[1].peer, begin + MS), None);
-    }
-
-    #[test]
-    fn who_asks_gets_the_next_answer_or_is_told_that_there_was_none() {
-        let begin = Instant::now();
-        let mut pings = with_peers(begin, 1);
-        let first = sent(&mut pings, begin);
-        pings.ping_now(begin, Uuid::from_u128(0), begin + MS * 10, 'a').unwrap();
-        pings.ping_now(begin, Uuid::from_u128(0), begin + MS * 90, 'b').unwrap();
-        assert_eq!(pings.handle_timeout(begin + MS * 10, txid).gave_up, ['a']);
-        let answer = pings.handle_pong(&first[0].txid, &first[0].peer, begin + MS * 20).unwrap();
-        assert_eq!(answer.waiters, ['b']);
-        let unknown = pings.ping_now(begin, Uuid::from_u128(9), begin, 'c');
-        assert_eq!(unknown, Err((PingRefused::NoPeer, 'c')));
-    }
-
-    const MS: Duration = Duration::from_millis(1);
-
-    fn with_peers(now: Instant, count: u128) -> Pings<char> {
-        let mut pings = Pings::new(now);
-        let peer = |number: u128| Peer {
-            node_key: NodePublic(std::array::from_fn(|at| number.to_be_bytes()[at % 16])),
-            disco_key: DiscoPublic([1; 32]),
-            home: RegionId(1),
-            addresses: Vec::new(),
-            keepalive: true,
-        };
-        let peers = (0..count).map(|number| (Uuid::from_u128(number), peer(number))).collect();
-        assert!(pings.set_peers(now, &NetworkMap { peers }).is_empty());
-        pings
-    }
-
-    fn sent(pings: &mut Pings<char>, now: Instant) -> Vec<Ping> {
-        pings.handle_timeout(now, txid).pings
-    }
-
-    fn txid() -> TxId {
-        warren_proto::key::random()
-    }
-}
+mod tests;

@@ -251,3 +251,6 @@ fn host_without_brackets(url: &Url) -> String {
 fn by_name(nodes: &[Node]) -> BTreeMap<&str, &Node> {
     nodes.iter().map(|node| (node.name.as_str(), node)).collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -209,3 +209,6 @@ fn is_same_handshake(a: Option<SystemTime>, b: Option<SystemTime>) -> bool {
     let apart = b.duration_since(a).unwrap_or_else(|backwards| backwards.duration());
     apart < SAME_HANDSHAKE
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,12 +2,13 @@
 //!
 //! One refused destination ends the whole stream, without saying which one it was, and loses what was
 //! asked behind it (tailnet-control 4.7, appendix D 9). So what was asked lately and not heard of is held
-//! back until a snapshot lists it again, then tried in ever smaller groups, until the refused one stands
+//! back, in groups, until a snapshot lists it again. Then the groups are asked for one after the other; the
+//! one that is refused is split again and waits behind the others, until the refused destination stands
 //! alone. After a few chances (it may have been asked for too early) that one is not asked for again while
 //! it is wanted.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     time::{Duration, Instant},
 };
 
@@ -20,7 +21,7 @@ use crate::roster::Update;
 const GRANTED_AFTER: Duration = Duration::from_secs(10);
 /// The pause between two groups on trial; a refusal within it is blamed on the last one.
 const TRIAL_PAUSE: Duration = Duration::from_secs(2);
-/// How many groups the suspects of one refusal are tried in: a thousand take four refusals.
+/// How many groups the suspects of one refusal are tried in: a thousand take four refusals, and a minute.
 const TRIAL_GROUPS: usize = 8;
 /// How often a destination may be refused alone until it is not asked for any more.
 const CHANCES: u8 = 3;
@@ -31,10 +32,10 @@ pub(super) struct Destinations {
     is_connected: bool,
     /// Asked for on the present stream, and nothing heard since.
     asked: BTreeMap<Uuid, Instant>,
-    /// Perhaps refused: not asked for until a snapshot lists them.
-    held_back: BTreeSet<Uuid>,
-    on_trial: BTreeSet<Uuid>,
-    group: usize,
+    /// Perhaps refused, in the groups that are to be asked for together; the longest blameless first.
+    held_back: VecDeque<BTreeSet<Uuid>>,
+    /// Whether a snapshot has listed what is held back.
+    is_listed: bool,
     next_trial: Option<Instant>,
     /// How often each was refused alone.
     refusals: BTreeMap<Uuid, u8>,
@@ -66,16 +67,18 @@ impl Destinations {
     /// A stream began; returns what to ask for.
     pub(super) fn connected(&mut self, now: Instant) -> Vec<Uuid> {
         self.is_connected = true;
-        let free = |id: &&Uuid| !self.held_back.contains(*id) && !self.refused.contains(*id);
+        let held_back: BTreeSet<&Uuid> = self.held_back.iter().flatten().collect();
+        let free = |id: &&Uuid| !held_back.contains(*id) && !self.refused.contains(*id);
         let asked = self.wanted.iter().filter(free).copied().collect();
-        self.ask(now, asked)
+        let mut asked = self.ask(now, asked);
+        asked.extend(self.begin_trial(now));
+        asked
     }
 
     pub(super) fn disconnected(&mut self) {
         self.is_connected = false;
         self.asked.clear();
-        self.held_back.append(&mut self.on_trial);
-        self.next_trial = None;
+        self.end_trial();
     }
 
     pub(super) fn set(&mut self, now: Instant, wanted: &BTreeSet<Uuid>, update: Update) -> Change {
@@ -83,13 +86,14 @@ impl Destinations {
         let removed: Vec<Uuid> = self.wanted.difference(wanted).copied().collect();
         removed.iter().for_each(|id| self.forget(id));
         self.wanted.clone_from(wanted);
+        // A snapshot may come before the stream that asks: then the trial begins with that one.
+        self.is_listed |= update == Update::Snapshot;
         if !self.is_connected {
             return Change { new, removed, ..Change::default() };
         }
         let mut asked = self.ask(now, new.clone());
-        if update == Update::Snapshot && !self.held_back.is_empty() {
-            self.on_trial.append(&mut self.held_back);
-            asked.extend(self.try_group(now));
+        if update == Update::Snapshot {
+            asked.extend(self.begin_trial(now));
         }
         Change { given_back: removed.clone(), new, removed, asked }
     }
@@ -100,15 +104,18 @@ impl Destinations {
         self.refusals.remove(id);
     }
 
-    /// One of those asked for lately was refused.
+    /// One of those asked for lately was refused. The stream is about to end: nothing else is tried on it.
     pub(super) fn handle_refusal(&mut self, now: Instant) {
+        self.end_trial();
         self.forgive_granted(now, GRANTED_AFTER);
         let suspects: Vec<Uuid> = std::mem::take(&mut self.asked).into_keys().collect();
         match *suspects {
             [only] if self.has_no_chance_left(only) => drop(self.refused.insert(only)),
-            _ => self.held_back.extend(&suspects),
+            _ => {
+                let size = suspects.len().div_ceil(TRIAL_GROUPS).max(1);
+                self.held_back.extend(suspects.chunks(size).map(|group| group.iter().copied().collect()));
+            }
         }
-        self.group = suspects.len().div_ceil(TRIAL_GROUPS).max(1);
     }
 
     fn has_no_chance_left(&mut self, id: Uuid) -> bool {
@@ -129,14 +136,29 @@ impl Destinations {
         }
     }
 
+    /// Asks for the first group at once, or as soon as what was asked just now cannot be blamed for it.
+    fn begin_trial(&mut self, now: Instant) -> Vec<Uuid> {
+        if !self.is_listed || self.held_back.is_empty() {
+            return Vec::new();
+        }
+        self.forgive_granted(now, TRIAL_PAUSE);
+        if self.asked.is_empty() {
+            return self.try_group(now);
+        }
+        self.next_trial = Some(now + TRIAL_PAUSE);
+        Vec::new()
+    }
+
     fn try_group(&mut self, now: Instant) -> Vec<Uuid> {
         self.forgive_granted(now, TRIAL_PAUSE);
-        let group: Vec<Uuid> = self.on_trial.iter().take(self.group).copied().collect();
-        group.iter().for_each(|id| {
-            self.on_trial.remove(id);
-        });
-        self.next_trial = (!self.on_trial.is_empty()).then(|| now + TRIAL_PAUSE);
-        self.ask(now, group)
+        let group = self.held_back.pop_front().unwrap_or_default();
+        self.next_trial = (!self.held_back.is_empty()).then(|| now + TRIAL_PAUSE);
+        self.ask(now, group.into_iter().collect())
+    }
+
+    fn end_trial(&mut self) {
+        self.is_listed = false;
+        self.next_trial = None;
     }
 
     fn ask(&mut self, now: Instant, ids: Vec<Uuid>) -> Vec<Uuid> {
@@ -150,8 +172,10 @@ impl Destinations {
 
     fn forget(&mut self, id: &Uuid) {
         self.asked.remove(id);
-        self.held_back.remove(id);
-        self.on_trial.remove(id);
+        self.held_back.retain_mut(|group| {
+            group.remove(id);
+            !group.is_empty()
+        });
         self.refusals.remove(id);
         self.refused.remove(id);
     }

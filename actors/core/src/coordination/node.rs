@@ -1,8 +1,9 @@
 //! Reading a peer's node message (tailnet-control 5.1, tailnet-data 11.1).
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::Ipv6Addr;
 
 use warren_proto::{
+    address::Cidr,
     key::{DiscoPublic, NodePublic},
     tailnet,
 };
@@ -36,43 +37,103 @@ pub(super) fn decode(node: &tailnet::Node) -> Result<Peer, NodeError> {
         node_key: node_key(&node.key)?,
         disco_key: disco_key(&node.disco)?,
         home: RegionId::new(node.preferred_derp.into()).ok_or(NodeError::Home(node.preferred_derp))?,
-        addresses: single_addresses(allowed),
+        addresses: single_addresses(&allowed),
         keepalive: false,
     })
 }
 
 fn node_key(bytes: &[u8]) -> Result<NodePublic, NodeError> {
-    let raw = bytes.strip_prefix(b"np").and_then(|raw| <[u8; 32]>::try_from(raw).ok());
-    raw.filter(is_present).map(NodePublic).ok_or(NodeError::Key)
+    NodePublic::from_binary(bytes).ok().filter(|key| !key.is_zero()).ok_or(NodeError::Key)
 }
 
 fn disco_key(text: &str) -> Result<DiscoPublic, NodeError> {
-    let raw = text.parse::<DiscoPublic>().ok().map(|key| key.0);
-    raw.filter(is_present).map(DiscoPublic).ok_or(NodeError::Disco)
+    text.parse().ok().filter(|key: &DiscoPublic| !key.is_zero()).ok_or(NodeError::Disco)
 }
 
-/// An all-zero key stands for none.
-fn is_present(raw: &[u8; 32]) -> bool {
-    raw.iter().any(|byte| *byte != 0)
-}
-
-fn cidr(text: &str) -> Result<(IpAddr, u8), NodeError> {
-    let parsed = text.split_once('/').and_then(|(address, bits)| {
-        let (address, bits): (IpAddr, u8) = (address.parse().ok()?, bits.parse().ok()?);
-        let all = if address.is_ipv4() { 32 } else { 128 };
-        (bits <= all).then_some((address, bits))
-    });
-    parsed.ok_or_else(|| NodeError::Address(text.to_owned()))
+fn cidr(text: &str) -> Result<Cidr, NodeError> {
+    text.parse().map_err(|_| NodeError::Address(text.to_owned()))
 }
 
 /// Only single addresses are installed: a peer must not claim a network.
-fn single_addresses(allowed: Vec<(IpAddr, u8)>) -> Vec<Ipv6Addr> {
+fn single_addresses(allowed: &[Cidr]) -> Vec<Ipv6Addr> {
     let mut addresses = Vec::with_capacity(allowed.len());
-    for (address, bits) in allowed {
-        match address {
-            IpAddr::V6(address) if bits == 128 && !addresses.contains(&address) => addresses.push(address),
-            IpAddr::V6(_) | IpAddr::V4(_) => {}
+    for address in allowed.iter().filter_map(Cidr::as_host) {
+        if !addresses.contains(&address) {
+            addresses.push(address);
         }
     }
     addresses
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+
+    #[test]
+    fn a_node_is_read_with_its_single_ipv6_addresses_each_once() {
+        let peer = decode(&node()).unwrap();
+        assert_eq!(peer.node_key, NodePublic([1; 32]));
+        assert_eq!(peer.disco_key, DiscoPublic([2; 32]));
+        assert_eq!(peer.home, RegionId(999));
+        assert_eq!(peer.addresses, ["fd7a:115c:a1e0::1", "fd60:627a:a42b::1"].map(address));
+    }
+
+    #[test]
+    fn networks_and_ipv4_are_not_installed() {
+        let allowed_ips = ["fd60::/48", "::/0", "10.0.0.1/32", "fd60:627a:a42b::1/127"].map(String::from);
+        let peer = decode(&tailnet::Node { allowed_ips: allowed_ips.into(), ..node() }).unwrap();
+        assert!(peer.addresses.is_empty(), "{peer:?}");
+    }
+
+    #[test]
+    fn a_node_that_cannot_be_used_says_why_in_words() {
+        let with = |change: fn(&mut tailnet::Node)| {
+            let mut node = node();
+            change(&mut node);
+            decode(&node).unwrap_err().to_string()
+        };
+        let malformed_key = "the node key is malformed";
+        assert_eq!(with(|node| node.key = Bytes::new()), malformed_key);
+        assert_eq!(with(|node| node.key = node.key.slice(2..)), malformed_key, "without its prefix");
+        assert_eq!(with(|node| node.key = node.key.slice(..33)), malformed_key);
+        assert_eq!(with(|node| node.key = vec![0; 34].into()), malformed_key);
+        assert_eq!(
+            with(|node| node.key = Bytes::copy_from_slice(&NodePublic([0; 32]).to_binary())),
+            malformed_key
+        );
+        let malformed_disco = "the disco key is malformed";
+        assert_eq!(with(|node| node.disco.clear()), malformed_disco);
+        assert_eq!(with(|node| node.disco.push('0')), malformed_disco);
+        assert_eq!(with(|node| node.disco = DiscoPublic([0; 32]).to_string()), malformed_disco);
+        assert_eq!(with(|node| node.preferred_derp = 0), "the home region 0 is none");
+        assert_eq!(with(|node| node.preferred_derp = -1), "the home region -1 is none");
+        assert_eq!(with(|node| node.preferred_derp = 65_536), "the home region 65536 is none");
+        for text in
+            ["", "fd60::1", "fd60::1/", "fd60::1/129", "10.0.0.1/33", "fd60::1/+8", "host/128", "/128"]
+        {
+            let allowed = tailnet::Node { allowed_ips: vec![text.to_owned()], ..node() };
+            assert_eq!(decode(&allowed), Err(NodeError::Address(text.to_owned())));
+            let addresses = tailnet::Node { addresses: vec![text.to_owned()], ..node() };
+            assert_eq!(decode(&addresses), Err(NodeError::Address(text.to_owned())));
+        }
+        assert_eq!(NodeError::Address("x".to_owned()).to_string(), r#"the address "x" is malformed"#);
+    }
+
+    fn node() -> tailnet::Node {
+        let addresses = ["fd7a:115c:a1e0::1/128", "fd60:627a:a42b::1/128", "fd7a:115c:a1e0::1/128"];
+        tailnet::Node {
+            key: Bytes::copy_from_slice(&NodePublic([1; 32]).to_binary()),
+            disco: DiscoPublic([2; 32]).to_string(),
+            preferred_derp: 999,
+            addresses: addresses.map(String::from).into(),
+            allowed_ips: addresses.map(String::from).into(),
+            ..tailnet::Node::default()
+        }
+    }
+
+    fn address(text: &str) -> Ipv6Addr {
+        text.parse().unwrap()
+    }
 }

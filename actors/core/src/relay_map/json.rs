@@ -3,6 +3,7 @@
 //! shape in a node leave defaults, so that a newer deployment stays readable.
 
 use serde_json::{Map, Value};
+use warren_proto::name::DEFAULT_SUFFIX;
 
 use super::{HTTPS_PORT, Node, NodeAddress, Region, RegionId, RelayMap, STUN_PORT, port};
 
@@ -29,9 +30,6 @@ pub enum JsonError {
     #[error("{0} is not an object")]
     NotAnObject(&'static str),
 }
-
-/// What older deployments, which do not name a suffix, use.
-const DEFAULT_SUFFIX: &str = "coder";
 
 impl ConnectionInfo {
     /// Reads the body of `GET /api/v2/workspaceagents/connection`.

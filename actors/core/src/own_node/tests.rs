@@ -1,0 +1,181 @@
+use super::*;
+use crate::home::RegionLatency;
+
+const MS: Duration = Duration::from_millis(1);
+
+/// Something that changes of us.
+type Change = (&'static str, fn(&mut OwnNode));
+
+/// tailnet-control 12.7 N1 to N4, N6: each of these is news.
+const NEWS: &[Change] = &[
+    ("another home", |node| node.set_home(region(2))),
+    ("a relay reached by WebSocket", |node| node.set_forced_websocket(reasons("no upgrade"))),
+    ("another reason for it", |node| node.set_forced_websocket(reasons("HTTP/2"))),
+    ("endpoints", |node| node.set_endpoints(endpoints(&["192.0.2.1:1", "[2001:db8::1]:2"]))),
+    ("endpoints in another order", |node| node.set_endpoints(endpoints(&["[2001:db8::1]:2", "192.0.2.1:1"]))),
+    ("endpoints that are blocked", |node| node.set_endpoints(Vec::new())),
+    ("endpoints that are allowed again", |node| node.set_endpoints(endpoints(&["192.0.2.1:1"]))),
+];
+
+#[test]
+fn each_change_is_told_once_and_the_same_again_is_no_news() {
+    let mut own = Own::at_home();
+    for (what, change) in NEWS {
+        change(&mut own.node);
+        assert!(own.node.poll_timeout(own.now).is_some(), "{what}");
+        assert!(own.tell_after(PAUSE).is_some(), "{what}");
+        change(&mut own.node);
+        assert_eq!(own.node.poll_timeout(own.now), None, "the same: {what}");
+        assert_eq!(own.tell_after(PAUSE), None, "the same: {what}");
+    }
+}
+
+/// N7.
+#[test]
+fn nothing_is_told_before_a_home_is_known() {
+    let mut own = Own::connected();
+    NEWS[1..].iter().for_each(|(_, change)| change(&mut own.node));
+    assert_eq!(own.node.poll_timeout(own.now), None);
+    assert_eq!(own.tell_after(PAUSE), None);
+    own.node.set_home(region(1));
+    assert_eq!(own.node.poll_timeout(own.now), Some(own.now), "the first message waits for nothing");
+    assert_eq!(own.tell_after(Duration::ZERO).map(|node| node.preferred_derp), Some(1));
+}
+
+#[test]
+fn a_home_that_is_lost_is_not_told_and_one_that_comes_back_is_no_news() {
+    let mut own = Own::at_home();
+    own.node.set_home(None);
+    assert_eq!(own.tell_after(PAUSE), None);
+    own.node.set_home(region(1));
+    assert_eq!(own.tell_after(PAUSE), None);
+}
+
+/// N5.
+#[test]
+fn each_stream_is_told_once_whatever_the_one_before_was_told() {
+    let mut own = Own::at_home();
+    assert_eq!(own.tell_after(PAUSE), None);
+    own.node.disconnected();
+    own.node.set_home(region(2));
+    assert_eq!(own.node.poll_timeout(own.now), None);
+    assert_eq!(own.tell_after(PAUSE), None, "there is nobody to tell it to");
+    own.node.connected();
+    assert_eq!(own.tell_after(Duration::ZERO).map(|node| node.preferred_derp), Some(2));
+    own.node.connected();
+    assert_eq!(own.tell_after(Duration::ZERO).map(|node| node.preferred_derp), Some(2));
+    assert_eq!(own.tell_after(PAUSE), None);
+}
+
+/// N1: changes while a message is on its way, or just after one, are gathered into one further message.
+#[test]
+fn changes_within_a_second_are_gathered_into_one_message() {
+    let mut own = Own::at_home();
+    for number in 2..9 {
+        own.node.set_home(region(number));
+        assert_eq!(own.tell_after(100 * MS), None);
+    }
+    assert_eq!(own.node.poll_timeout(own.now), Some(own.now + 300 * MS));
+    assert_eq!(own.tell_after(299 * MS), None);
+    assert_eq!(own.tell_after(MS).map(|node| node.preferred_derp), Some(8));
+    assert_eq!(own.tell_after(PAUSE), None);
+}
+
+#[test]
+fn a_change_that_is_taken_back_in_time_is_not_told() {
+    let mut own = Own::at_home();
+    own.node.set_home(region(2));
+    own.node.set_home(region(1));
+    assert_eq!(own.tell_after(PAUSE), None);
+}
+
+#[test]
+fn latencies_ride_along_and_cause_nothing() {
+    let mut own = Own::at_home();
+    let latency = RegionLatency { v4: Some(25 * MS), v6: Some(1500 * MS) };
+    let only_v6 = RegionLatency { v4: None, v6: Some(MS) };
+    let none = RegionLatency::default();
+    own.node.set_latencies([(RegionId(1), latency), (RegionId(999), only_v6), (RegionId(7), none)].into());
+    assert_eq!(own.tell_after(PAUSE), None);
+    own.node.set_home(region(2));
+    let told = own.tell_after(PAUSE).unwrap().derp_latency;
+    let expected = [("1-v4", 0.025), ("1-v6", 1.5), ("999-v6", 0.001)];
+    assert_eq!(told, expected.map(|(key, seconds)| (key.to_owned(), seconds)).into());
+}
+
+#[test]
+fn a_message_holds_all_that_is_known_of_us_and_nothing_but_our_node() {
+    let mut own = Own::connected();
+    own.node.set_home(region(999));
+    own.node.set_forced_websocket(reasons("no upgrade"));
+    own.node.set_endpoints(endpoints(&["192.0.2.1:41641", "[2001:db8::1]:41641"]));
+    let wall = SystemTime::UNIX_EPOCH + Duration::new(1_704_629_594, 123_456_789);
+    let request = own.node.poll_update(own.now, wall).unwrap();
+    let address = vec!["fd60:627a:a42b:1111:2222::5/128".to_owned()];
+    let node = Node {
+        id: 5,
+        as_of: Some(prost_types::Timestamp { seconds: 1_704_629_594, nanos: 123_456_000 }),
+        key: [b"np".as_slice(), &[1; 32]].concat().into(),
+        disco: format!("discokey:{}", "02".repeat(32)),
+        preferred_derp: 999,
+        derp_latency: BTreeMap::new(),
+        derp_forced_websocket: [(1, "no upgrade".to_owned())].into(),
+        addresses: address.clone(),
+        allowed_ips: address,
+        endpoints: vec!["192.0.2.1:41641".to_owned(), "[2001:db8::1]:41641".to_owned()],
+    };
+    let update_self = Some(UpdateSelf { node: Some(node) });
+    assert_eq!(request, CoordinateRequest { update_self, ..CoordinateRequest::default() });
+}
+
+#[test]
+fn a_clock_before_1970_is_told_as_1970() {
+    let mut own = Own::connected();
+    own.node.set_home(region(1));
+    let request = own.node.poll_update(own.now, SystemTime::UNIX_EPOCH - PAUSE).unwrap();
+    assert_eq!(request.update_self.unwrap().node.unwrap().as_of, Some(prost_types::Timestamp::default()));
+}
+
+struct Own {
+    node: OwnNode,
+    now: Instant,
+}
+
+impl Own {
+    fn connected() -> Self {
+        let mut node = OwnNode::new(OwnIdentity {
+            node_id: 5,
+            node_key: NodePublic([1; 32]),
+            disco_key: DiscoPublic([2; 32]),
+            address: "fd60:627a:a42b:1111:2222::5".parse().unwrap(),
+        });
+        node.connected();
+        Self { node, now: Instant::now() }
+    }
+
+    /// In region 1, and that was told.
+    fn at_home() -> Self {
+        let mut own = Self::connected();
+        own.node.set_home(region(1));
+        assert!(own.tell_after(Duration::ZERO).is_some());
+        own
+    }
+
+    fn tell_after(&mut self, span: Duration) -> Option<Node> {
+        self.now += span;
+        let request = self.node.poll_update(self.now, SystemTime::now())?;
+        Some(request.update_self.and_then(|update| update.node).expect("a message always has a node"))
+    }
+}
+
+fn region(number: u16) -> Option<RegionId> {
+    Some(RegionId(number))
+}
+
+fn reasons(text: &str) -> BTreeMap<RegionId, String> {
+    [(RegionId(1), text.to_owned())].into()
+}
+
+fn endpoints(texts: &[&str]) -> Vec<SocketAddr> {
+    texts.iter().map(|text| text.parse().unwrap()).collect()
+}

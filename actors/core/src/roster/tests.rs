@@ -1,0 +1,689 @@
+use std::collections::HashMap;
+
+use bytes::Bytes;
+use proptest::prelude::*;
+use warren_proto::{tailnet, vpn};
+
+use super::*;
+
+/// The conformance lines of tailnet-control 12.5 as far as they are rules.
+mod workspace_updates {
+    use super::*;
+
+    /// W1, W2.
+    #[test]
+    fn a_snapshot_tells_all_there_is_with_the_short_name_for_single_agents() {
+        let table = Table::after(&snapshot(
+            &[(1, "Dev", RUNNING), (2, "pair", RUNNING)],
+            &[(11, "Main", 1), (21, "a", 2), (22, "b", 2)],
+        ));
+        assert_eq!(table.workspaces.agent_ids(), [id(11), id(21), id(22)].into());
+        let names = |agent: u128| table.roster.snapshot().agents[&id(agent)].fqdn.join(" ");
+        assert_eq!(names(11), "dev.coder. main.dev.me.coder. main.dev.alice.coder.");
+        assert_eq!(names(21), "a.pair.me.coder. a.pair.alice.coder.");
+        assert_eq!(names(22), "b.pair.me.coder. b.pair.alice.coder.");
+        let main = &table.roster.snapshot().agents[&id(11)];
+        assert_eq!((main.name.as_str(), main.workspace_id), ("Main", id(1)), "in the original case");
+        assert_eq!(main.addresses, [address::coder_address(&id(11))]);
+        assert_eq!(table.roster.snapshot().workspaces[&id(1)].name, "Dev");
+    }
+
+    #[test]
+    fn the_snapshot_of_somebody_without_workspaces_is_empty_and_known() {
+        let mut table = Table::default();
+        assert!(!table.workspaces.known);
+        table.apply(&tailnet::WorkspaceUpdate::default(), Update::Snapshot).unwrap();
+        assert!(table.workspaces.known);
+        assert_eq!(table.roster.snapshot(), &Snapshot::default());
+    }
+
+    /// W3.
+    #[test]
+    fn a_replaced_agent_is_upserted_and_the_old_one_deleted_with_all_that_was_known_of_it() {
+        let mut table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]));
+        table.roster.set_handshakes(|_| Some(at(100)));
+        table.roster.set_ping(&id(11), ping(5));
+        let mut reader = table.reader();
+        let old = table.roster.snapshot().agents[&id(11)].clone();
+        let diff = tailnet::WorkspaceUpdate {
+            upserted_agents: vec![agent(12, "main", 1)],
+            deleted_agents: vec![agent(11, "main", 1)],
+            ..tailnet::WorkspaceUpdate::default()
+        };
+        table.apply(&diff, Update::Diff).unwrap();
+        assert_eq!(table.workspaces.agent_ids(), [id(12)].into());
+        let message = reader.read(&table).unwrap();
+        assert_eq!(ids(&message.upserted_agents), [id(12)]);
+        assert_eq!(message.upserted_agents[0].fqdn[0], "dev.coder.");
+        let deleted = vpn::Agent {
+            id: raw(11),
+            name: "main".to_owned(),
+            workspace_id: raw(1),
+            fqdn: old.fqdn,
+            ip_addrs: vec![address::coder_address(&id(11)).to_string()],
+            last_handshake: None,
+            last_ping: None,
+        };
+        assert_eq!(message.deleted_agents, [deleted]);
+        assert!(message.upserted_workspaces.is_empty() && message.deleted_workspaces.is_empty());
+    }
+
+    /// W5, and vpn-protocol 7.2.
+    #[test]
+    fn what_cannot_be_applied_says_what_is_wrong_and_changes_nothing() {
+        type Change = fn(&mut tailnet::WorkspaceUpdate);
+        let [known, unknown] = [id(1), id(9)];
+        let rows: [(Change, String); 11] = [
+            (|it| it.upserted_workspaces[0].id = short(), malformed("workspace")),
+            (|it| it.upserted_agents[0].id = short(), malformed("agent")),
+            (|it| it.upserted_agents[0].workspace_id = short(), malformed("workspace")),
+            (
+                |it| it.deleted_workspaces = vec![tailnet::Workspace { id: short(), ..workspace(1, "", 0) }],
+                malformed("workspace"),
+            ),
+            (
+                |it| it.deleted_agents = vec![tailnet::Agent { id: short(), ..agent(11, "", 1) }],
+                malformed("agent"),
+            ),
+            (
+                |it| it.deleted_agents = vec![tailnet::Agent { workspace_id: short(), ..agent(11, "", 1) }],
+                malformed("workspace"),
+            ),
+            (|it| it.upserted_agents[0].workspace_id = raw(9), format!("workspace {unknown} not found")),
+            (|it| it.deleted_agents = vec![agent(11, "", 9)], format!("workspace {unknown} not found")),
+            (
+                |it| it.deleted_workspaces = vec![workspace(9, "", 0)],
+                format!("workspace {unknown} not found"),
+            ),
+            (
+                |it| it.deleted_agents = vec![agent(9, "", 1)],
+                format!("agent {unknown} not found in workspace {known}"),
+            ),
+            (
+                |it| it.upserted_agents[0].workspace_id = Bytes::new(),
+                "parse workspace ID: invalid UUID (got 0 bytes)".to_owned(),
+            ),
+        ];
+        for (number, (change, error)) in rows.into_iter().enumerate() {
+            let mut table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]));
+            let before = table.workspaces.clone();
+            let mut diff = snapshot(&[(2, "new", RUNNING)], &[(21, "a", 2)]);
+            change(&mut diff);
+            let failed = table.apply(&diff, Update::Diff).unwrap_err();
+            assert_eq!(failed.to_string(), error, "row {number}");
+            assert_eq!(table.workspaces, before, "row {number}");
+        }
+    }
+
+    /// W6: until the snapshot comes, the workspaces and names stay.
+    #[test]
+    fn a_stream_that_has_said_nothing_yet_changes_nothing() {
+        let mut table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]));
+        let before = table.roster.snapshot().clone();
+        assert_eq!(table.roster.set_workspaces(&table.workspaces), []);
+        assert_eq!(
+            table.roster.set_workspaces(&Workspaces::default()),
+            [],
+            "a successor that knows none yet"
+        );
+        assert_eq!(table.roster.snapshot(), &before);
+    }
+
+    /// W7, and vpn-protocol 7.4.
+    #[test]
+    fn a_snapshot_drops_what_it_does_not_list_and_a_reader_hears_of_the_rest_only() {
+        let mut table =
+            Table::after(&snapshot(&[(1, "dev", RUNNING), (2, "old", 5)], &[(11, "main", 1), (21, "a", 2)]));
+        let mut reader = table.reader();
+        table
+            .apply(
+                &snapshot(&[(1, "dev", RUNNING), (3, "new", RUNNING)], &[(11, "main", 1), (31, "a", 3)]),
+                Update::Snapshot,
+            )
+            .unwrap();
+        assert_eq!(table.workspaces.agent_ids(), [id(11), id(31)].into());
+        let message = reader.read(&table).unwrap();
+        assert_eq!(
+            message.upserted_workspaces,
+            [vpn::Workspace { id: raw(3), name: "new".to_owned(), status: RUNNING }]
+        );
+        assert_eq!(ids(&message.upserted_agents), [id(31)]);
+        assert_eq!(
+            message.deleted_workspaces,
+            [vpn::Workspace { id: raw(2), name: "old".to_owned(), status: 5 }]
+        );
+        assert_eq!(ids(&message.deleted_agents), [id(21)]);
+    }
+
+    #[test]
+    fn a_snapshot_deletes_nothing_it_has_not_upserted() {
+        let mut table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]));
+        let deletes = tailnet::WorkspaceUpdate {
+            deleted_agents: vec![agent(11, "main", 1)],
+            ..tailnet::WorkspaceUpdate::default()
+        };
+        assert_eq!(table.apply(&deletes, Update::Snapshot), Err(UpdateError::UnknownWorkspace(id(1))));
+    }
+
+    /// tailnet-control 8: upsert workspaces, delete agents, delete workspaces, upsert agents.
+    #[test]
+    fn one_message_is_applied_in_the_fixed_order() {
+        let mut table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]));
+        let moved = tailnet::WorkspaceUpdate {
+            upserted_workspaces: vec![workspace(2, "new", RUNNING)],
+            upserted_agents: vec![agent(11, "main", 2)],
+            deleted_workspaces: vec![workspace(1, "dev", RUNNING)],
+            deleted_agents: vec![agent(11, "main", 1)],
+        };
+        let mut reader = table.reader();
+        table.apply(&moved, Update::Diff).unwrap();
+        let message = reader.read(&table).unwrap();
+        assert_eq!(ids(&message.upserted_agents), [id(11)], "it is not deleted, it has moved");
+        assert_eq!(message.upserted_agents[0].workspace_id, raw(2));
+        assert!(message.deleted_agents.is_empty());
+        let gone = tailnet::WorkspaceUpdate {
+            upserted_workspaces: vec![workspace(3, "short", RUNNING)],
+            deleted_workspaces: vec![workspace(3, "short", RUNNING)],
+            ..tailnet::WorkspaceUpdate::default()
+        };
+        table.apply(&gone, Update::Diff).unwrap();
+        assert!(!table.workspaces.workspaces.contains_key(&id(3)));
+    }
+
+    #[test]
+    fn an_upserted_workspace_keeps_its_agents_and_a_deleted_one_takes_them_along() {
+        let mut table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]));
+        table.apply(&snapshot(&[(1, "dev", 4)], &[]), Update::Diff).unwrap();
+        assert_eq!(table.workspaces.agent_ids(), [id(11)].into());
+        let gone = tailnet::WorkspaceUpdate {
+            deleted_workspaces: vec![workspace(1, "", 0)],
+            ..tailnet::WorkspaceUpdate::default()
+        };
+        table.apply(&gone, Update::Diff).unwrap();
+        assert_eq!(table.workspaces.agent_ids().len(), 0);
+    }
+
+    fn malformed(what: &str) -> String {
+        format!("parse {what} ID: invalid UUID (got 3 bytes)")
+    }
+
+    fn short() -> Bytes {
+        Bytes::from_static(&[1, 2, 3])
+    }
+}
+
+/// vpn-protocol 7.3.
+mod names {
+    use super::*;
+
+    #[test]
+    fn the_other_agent_is_told_again_when_a_workspace_gains_or_loses_its_second() {
+        let mut table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]));
+        let mut reader = table.reader();
+        table.apply(&snapshot(&[], &[(12, "sub", 1)]), Update::Diff).unwrap();
+        let message = reader.read(&table).unwrap();
+        assert_eq!(ids(&message.upserted_agents), [id(11), id(12)]);
+        assert_eq!(message.upserted_agents[0].fqdn, ["main.dev.me.coder.", "main.dev.alice.coder."]);
+        let lost = tailnet::WorkspaceUpdate {
+            deleted_agents: vec![agent(12, "sub", 1)],
+            ..tailnet::WorkspaceUpdate::default()
+        };
+        table.apply(&lost, Update::Diff).unwrap();
+        let message = reader.read(&table).unwrap();
+        assert_eq!(ids(&message.upserted_agents), [id(11)]);
+        assert_eq!(message.upserted_agents[0].fqdn[0], "dev.coder.");
+    }
+
+    #[test]
+    fn a_renamed_workspace_is_told_with_all_its_agents_and_no_other() {
+        let mut table = Table::after(&snapshot(
+            &[(1, "dev", RUNNING), (2, "other", RUNNING)],
+            &[(11, "a", 1), (12, "b", 1), (21, "c", 2)],
+        ));
+        table.roster.set_ping(&id(11), ping(5));
+        let mut reader = table.reader();
+        table.apply(&snapshot(&[(1, "prod", RUNNING)], &[]), Update::Diff).unwrap();
+        let message = reader.read(&table).unwrap();
+        assert_eq!(message.upserted_workspaces.len(), 1);
+        assert_eq!(ids(&message.upserted_agents), [id(11), id(12)]);
+        assert_eq!(message.upserted_agents[0].fqdn, ["a.prod.me.coder.", "a.prod.alice.coder."]);
+        assert!(message.upserted_agents[0].last_ping.is_some(), "what is known of it is kept");
+    }
+
+    #[test]
+    fn a_change_of_status_or_of_case_alone_is_told_without_what_it_does_not_change() {
+        let mut table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]));
+        let mut reader = table.reader();
+        table.apply(&snapshot(&[(1, "Dev", 77)], &[]), Update::Diff).unwrap();
+        let message = reader.read(&table).unwrap();
+        let expected = vpn::Workspace { id: raw(1), name: "Dev".to_owned(), status: 77 };
+        assert_eq!(message.upserted_workspaces, [expected], "also a status this schema has no name for");
+        assert!(message.upserted_agents.is_empty(), "names are lower case");
+    }
+
+    #[test]
+    fn another_suffix_or_user_name_is_told_of_all_agents() {
+        let mut table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]));
+        let mut reader = table.reader();
+        table.workspaces.suffix = "Dev.Example".to_owned();
+        table.workspaces.username = "Bob".to_owned();
+        table.roster.set_workspaces(&table.workspaces);
+        let message = reader.read(&table).unwrap();
+        let names = ["dev.dev.example.", "main.dev.me.dev.example.", "main.dev.bob.dev.example."];
+        assert_eq!(message.upserted_agents[0].fqdn, names);
+        assert!(message.upserted_workspaces.is_empty());
+    }
+
+    #[test]
+    fn names_of_one_length_come_in_alphabetical_order() {
+        let mut table = Table::default();
+        table.workspaces.username = "ab".to_owned();
+        table.apply(&snapshot(&[(1, "w", RUNNING)], &[(11, "a", 1)]), Update::Snapshot).unwrap();
+        let fqdn = &table.roster.snapshot().agents[&id(11)].fqdn;
+        assert_eq!(fqdn, &["w.coder.", "a.w.ab.coder.", "a.w.me.coder."]);
+    }
+
+    /// Managers choke on an agent without a name (vpn-protocol 12).
+    #[test]
+    fn an_agent_that_cannot_have_a_name_is_left_out_and_reported_each_time_it_begins() {
+        let long = "x".repeat(64);
+        let mut table = Table::default();
+        let all = snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1), (12, &long, 1)]);
+        table.workspaces.apply(&all, Update::Snapshot).unwrap();
+        let reported = table.roster.set_workspaces(&table.workspaces);
+        assert_eq!(reported.iter().map(|it| it.agent).collect::<Vec<_>>(), [id(12)]);
+        assert!(reported[0].error.to_string().contains("is longer than 63 bytes"), "{}", reported[0].error);
+        assert!(table.roster.snapshot().agents.keys().eq([&id(11)]));
+        assert_eq!(table.roster.set_workspaces(&table.workspaces), [], "once");
+        assert_eq!(table.workspaces.agent_ids().len(), 2, "a tunnel to it is wanted all the same");
+        table.apply(&snapshot(&[], &[(12, "short", 1)]), Update::Diff).unwrap();
+        assert!(table.roster.snapshot().agents.contains_key(&id(12)));
+        table.workspaces.apply(&all, Update::Snapshot).unwrap();
+        assert_eq!(table.roster.set_workspaces(&table.workspaces).len(), 1, "it begins again");
+    }
+
+    #[test]
+    fn an_agent_that_loses_its_names_is_deleted_for_readers() {
+        let mut table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]));
+        let mut reader = table.reader();
+        table.apply(&snapshot(&[(1, "", RUNNING)], &[]), Update::Diff).unwrap();
+        let message = reader.read(&table).unwrap();
+        assert_eq!(ids(&message.deleted_agents), [id(11)]);
+        assert_eq!(message.deleted_agents[0].fqdn[0], "dev.coder.", "as last known");
+    }
+}
+
+/// vpn-protocol 7.4 to 7.6.
+mod messages {
+    use super::*;
+
+    #[test]
+    fn nothing_new_is_no_message() {
+        let table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]));
+        assert_eq!(difference(table.roster.snapshot(), table.roster.snapshot()), None);
+        assert_eq!(difference(&Snapshot::default(), &Snapshot::default()), None);
+    }
+
+    #[test]
+    fn a_reader_that_has_seen_nothing_is_told_everything() {
+        let table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]));
+        let everything = complete(table.roster.snapshot());
+        assert_eq!(difference(&Snapshot::default(), table.roster.snapshot()), Some(everything.clone()));
+        assert!(everything.deleted_agents.is_empty() && everything.deleted_workspaces.is_empty());
+        assert_eq!((everything.upserted_workspaces.len(), everything.upserted_agents.len()), (1, 1));
+    }
+
+    #[test]
+    fn a_handshake_is_told_with_its_time_and_never_is_unset() {
+        let mut table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]));
+        let told = |table: &Table| complete(table.roster.snapshot()).upserted_agents[0].last_handshake;
+        assert_eq!(told(&table), None);
+        for early in [SystemTime::UNIX_EPOCH, SystemTime::UNIX_EPOCH - Duration::from_secs(9)] {
+            assert!(table.roster.set_handshakes(|_| Some(early)));
+            assert_eq!(told(&table), None, "a manager would read 1970 as a real handshake");
+        }
+        assert!(table.roster.set_handshakes(|_| Some(at(1_000) + Duration::from_nanos(5))));
+        assert_eq!(told(&table), Some(prost_types::Timestamp { seconds: 1_000, nanos: 5 }));
+        assert!(table.roster.set_handshakes(|_| None));
+        assert_eq!(told(&table), None);
+    }
+
+    #[test]
+    fn one_handshake_read_twice_is_one_and_another_is_news_either_way() {
+        let mut table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]));
+        let ms = Duration::from_millis;
+        assert!(table.roster.set_handshakes(|_| Some(at(100))));
+        assert!(!table.roster.set_handshakes(|_| Some(at(100) + ms(999))));
+        assert!(!table.roster.set_handshakes(|_| Some(at(100) - ms(999))));
+        assert!(table.roster.set_handshakes(|_| Some(at(101))));
+        assert!(table.roster.set_handshakes(|_| Some(at(50))), "the clock was set back");
+    }
+
+    /// vpn-protocol 8: a timeout clears nothing, only a deletion does.
+    #[test]
+    fn an_answered_ping_is_told_and_kept_until_the_agent_is_gone() {
+        let mut table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1), (12, "b", 1)]));
+        let mut reader = table.reader();
+        assert!(table.roster.set_ping(&id(11), ping(1500)));
+        assert!(!table.roster.set_ping(&id(99), ping(5)), "who has gone meanwhile");
+        let message = reader.read(&table).unwrap();
+        assert_eq!(ids(&message.upserted_agents), [id(11)]);
+        let last_ping = vpn::LastPing {
+            latency: Some(prost_types::Duration { seconds: 1, nanos: 500_000_000 }),
+            did_p2p: false,
+            preferred_derp: "Coder Embedded Relay".to_owned(),
+            preferred_derp_latency: Some(prost_types::Duration { seconds: 0, nanos: 7_000_000 }),
+        };
+        assert_eq!(message.upserted_agents[0].last_ping, Some(last_ping));
+        table.roster.set_workspaces(&table.workspaces);
+        assert_eq!(reader.read(&table), None, "upserting it again keeps it");
+        let gone = tailnet::WorkspaceUpdate {
+            deleted_agents: vec![agent(11, "", 1)],
+            ..tailnet::WorkspaceUpdate::default()
+        };
+        table.apply(&gone, Update::Diff).unwrap();
+        table.apply(&snapshot(&[], &[(11, "main", 1)]), Update::Diff).unwrap();
+        assert_eq!(table.roster.snapshot().agents[&id(11)].last_ping, None);
+    }
+
+    #[test]
+    fn a_successor_that_restores_the_table_forgets_no_ping_and_no_handshake() {
+        let mut table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]));
+        table.roster.set_ping(&id(11), ping(5));
+        table.roster.set_handshakes(|_| Some(at(100)));
+        let mut reader = table.reader();
+        table.roster = Roster::restore(table.roster.snapshot().clone());
+        table.roster.set_workspaces(&table.workspaces);
+        assert_eq!(reader.read(&table), None);
+    }
+
+    /// The cost of a message is that of what changed, and all that changed meanwhile is one entry an agent.
+    #[test]
+    fn a_message_has_one_entry_for_each_agent_that_changed_however_often() {
+        let agents: Vec<_> = (0..1000).map(|number| (1000 + number, "main", number)).collect();
+        let workspaces: Vec<_> = (0..1000).map(|number| (number, "dev", RUNNING)).collect();
+        let mut table = Table::after(&snapshot(&workspaces, &agents));
+        let mut reader = table.reader();
+        for latency in 1..50 {
+            table.roster.set_ping(&id(1007), ping(latency));
+        }
+        assert_eq!(entries(&reader.read(&table).unwrap()), 1);
+        let reads = std::cell::Cell::new(0);
+        table.roster.set_handshakes(|_| {
+            reads.set(reads.get() + 1);
+            Some(at(7))
+        });
+        assert_eq!(reads.get(), 1000);
+        assert_eq!(entries(&reader.read(&table).unwrap()), 1000);
+        assert_eq!(entries(&complete(table.roster.snapshot())), 2000);
+    }
+}
+
+proptest! {
+    /// For any sequence of events, and any pace of reading: what a reader was sent is the present.
+    #[test]
+    fn a_reader_that_applies_every_difference_has_the_present_table(
+        events in proptest::collection::vec(any_event(), 0..60),
+    ) {
+        let mut table = Table::default();
+        let mut readers = [Reader::default(), Reader::default(), Reader::default()];
+        for event in events {
+            match event {
+                Event::Update(message, update) => {
+                    let before = table.workspaces.clone();
+                    if table.apply(&message, update).is_err() {
+                        prop_assert_eq!(&table.workspaces, &before);
+                    }
+                }
+                Event::Handshake(number, seconds) => {
+                    let last = |agent: &Uuid| (agent.as_u128() % 3 == number).then(|| at(seconds));
+                    let before = table.roster.snapshot().clone();
+                    let changed = table.roster.set_handshakes(last);
+                    prop_assert_eq!(changed, before != *table.roster.snapshot());
+                }
+                Event::Ping(number, latency) => {
+                    let is_there = table.roster.snapshot().agents.contains_key(&id(number));
+                    prop_assert_eq!(table.roster.set_ping(&id(number), ping(latency)), is_there);
+                }
+                Event::Suffix(suffix) => {
+                    suffix.clone_into(&mut table.workspaces.suffix);
+                    table.roster.set_workspaces(&table.workspaces);
+                }
+                Event::Restart => table.roster = Roster::restore(table.roster.snapshot().clone()),
+                Event::Read(reader) => {
+                    readers[reader].read(&table);
+                }
+            }
+            prop_assert!(table.roster.snapshot().agents.values().all(|agent| !agent.fqdn.is_empty()));
+        }
+        for reader in &mut readers {
+            reader.read(&table);
+            prop_assert_eq!(reader.read(&table), None, "all was told");
+        }
+    }
+
+    #[test]
+    fn what_is_known_of_an_agent_stays_as_long_as_it_is_listed(
+        updates in proptest::collection::vec(any_update(), 1..20),
+    ) {
+        let mut table = Table::default();
+        for (message, update) in updates {
+            let before = table.roster.snapshot().clone();
+            let _ = table.apply(&message, update);
+            for (agent, entry) in &table.roster.snapshot().agents {
+                let known = before.agents.get(agent).and_then(|known| known.last_ping.clone());
+                prop_assert_eq!(&entry.last_ping, &known);
+            }
+            let present: Vec<Uuid> = table.roster.snapshot().agents.keys().copied().collect();
+            for (number, agent) in present.iter().enumerate() {
+                table.roster.set_ping(agent, ping(number as u64));
+            }
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Event {
+    Update(tailnet::WorkspaceUpdate, Update),
+    Handshake(u128, u64),
+    Ping(u128, u64),
+    Suffix(&'static str),
+    Restart,
+    Read(usize),
+}
+
+fn any_event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        8 => any_update().prop_map(|(message, update)| Event::Update(message, update)),
+        2 => (0_u128..3, 0_u64..4).prop_map(|(number, seconds)| Event::Handshake(number, seconds)),
+        2 => (0_u128..8, 0_u64..4).prop_map(|(number, latency)| Event::Ping(number, latency)),
+        1 => prop_oneof![Just("coder"), Just("dev.example"), Just("not..a.name")].prop_map(Event::Suffix),
+        1 => Just(Event::Restart),
+        5 => (0_usize..3).prop_map(Event::Read),
+    ]
+}
+
+/// Few ids and few names, so that they meet; some updates cannot be applied.
+fn any_update() -> impl Strategy<Value = (tailnet::WorkspaceUpdate, Update)> {
+    let name = || prop_oneof![6 => Just("dev"), 6 => Just("Prod"), 1 => Just("no..name"), 1 => Just("")];
+    let workspaces = |most| {
+        proptest::collection::vec((0_u128..4, name(), 0_i32..12), 0..most).prop_map(|rows| {
+            rows.into_iter().map(|(number, name, status)| workspace(number, name, status)).collect::<Vec<_>>()
+        })
+    };
+    let agents = |most| {
+        proptest::collection::vec((0_u128..8, name(), 0_u128..4), 0..most).prop_map(|rows| {
+            rows.into_iter().map(|(number, name, home)| agent(number, name, home)).collect::<Vec<_>>()
+        })
+    };
+    let update = prop_oneof![1 => Just(Update::Snapshot), 3 => Just(Update::Diff)];
+    (workspaces(4), agents(4), workspaces(2), agents(2), update).prop_map(
+        |(upserted_workspaces, upserted_agents, deleted_workspaces, deleted_agents, update)| {
+            (
+                tailnet::WorkspaceUpdate {
+                    upserted_workspaces,
+                    upserted_agents,
+                    deleted_workspaces,
+                    deleted_agents,
+                },
+                update,
+            )
+        },
+    )
+}
+
+/// The workspaces and the roster that follows them.
+struct Table {
+    workspaces: Workspaces,
+    roster: Roster,
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        let (username, suffix) = ("Alice".to_owned(), "coder".to_owned());
+        let workspaces = Workspaces { username, suffix, ..Workspaces::default() };
+        Self { workspaces, roster: Roster::default() }
+    }
+}
+
+impl Table {
+    fn after(snapshot: &tailnet::WorkspaceUpdate) -> Self {
+        let mut table = Self::default();
+        table.apply(snapshot, Update::Snapshot).unwrap();
+        table
+    }
+
+    fn apply(&mut self, message: &tailnet::WorkspaceUpdate, update: Update) -> Result<(), UpdateError> {
+        self.workspaces.apply(message, update)?;
+        self.roster.set_workspaces(&self.workspaces);
+        Ok(())
+    }
+
+    /// One that has read everything.
+    fn reader(&self) -> Reader {
+        let mut reader = Reader::default();
+        reader.read(self);
+        reader
+    }
+}
+
+/// Managers, which differ in the order in which they apply one message.
+#[derive(Default)]
+struct Reader {
+    seen: Snapshot,
+    deletes_first: Shown,
+    upserts_first: Shown,
+}
+
+/// What a manager shows.
+#[derive(Default)]
+struct Shown {
+    workspaces: HashMap<Bytes, vpn::Workspace>,
+    agents: HashMap<Bytes, vpn::Agent>,
+}
+
+impl Reader {
+    /// Reads the difference to what was read before, and checks it and what it leads to.
+    fn read(&mut self, table: &Table) -> Option<vpn::PeerUpdate> {
+        let present = table.roster.snapshot();
+        let message = difference(&self.seen, present);
+        if let Some(message) = &message {
+            assert_no_id_twice(message);
+            self.deletes_first.delete(message);
+            self.deletes_first.upsert(message);
+            self.upserts_first.upsert(message);
+            self.upserts_first.delete(message);
+        }
+        self.seen = present.clone();
+        let everything = complete(present);
+        self.deletes_first.assert_shows(&everything);
+        self.upserts_first.assert_shows(&everything);
+        message
+    }
+}
+
+impl Shown {
+    fn upsert(&mut self, message: &vpn::PeerUpdate) {
+        self.workspaces.extend(message.upserted_workspaces.iter().map(|it| (it.id.clone(), it.clone())));
+        self.agents.extend(message.upserted_agents.iter().map(|it| (it.id.clone(), it.clone())));
+    }
+
+    /// A deleted entry tells what was last known, without times.
+    fn delete(&mut self, message: &vpn::PeerUpdate) {
+        for gone in &message.deleted_agents {
+            let known = self.agents.remove(&gone.id).expect("only what was told is deleted");
+            assert_eq!(gone, &vpn::Agent { last_handshake: None, last_ping: None, ..known });
+        }
+        for gone in &message.deleted_workspaces {
+            assert_eq!(self.workspaces.remove(&gone.id).as_ref(), Some(gone));
+        }
+    }
+
+    fn assert_shows(&self, everything: &vpn::PeerUpdate) {
+        assert_eq!(self.workspaces.len(), everything.upserted_workspaces.len());
+        assert_eq!(self.agents.len(), everything.upserted_agents.len());
+        assert!(everything.upserted_workspaces.iter().all(|it| self.workspaces.get(&it.id) == Some(it)));
+        assert!(everything.upserted_agents.iter().all(|it| self.agents.get(&it.id) == Some(it)));
+    }
+}
+
+fn assert_no_id_twice(message: &vpn::PeerUpdate) {
+    let workspaces = message.upserted_workspaces.iter().chain(&message.deleted_workspaces).map(|it| &it.id);
+    let agents = message.upserted_agents.iter().chain(&message.deleted_agents).map(|it| &it.id);
+    let different =
+        workspaces.clone().collect::<BTreeSet<_>>().len() + agents.clone().collect::<BTreeSet<_>>().len();
+    assert_eq!(different, workspaces.count() + agents.count(), "{message:?}");
+}
+
+/// The number of running in the schema.
+const RUNNING: i32 = 3;
+
+fn id(number: u128) -> Uuid {
+    Uuid::from_u128(number)
+}
+
+fn raw(number: u128) -> Bytes {
+    Bytes::copy_from_slice(id(number).as_bytes())
+}
+
+fn ids(agents: &[vpn::Agent]) -> Vec<Uuid> {
+    agents.iter().map(|agent| Uuid::from_slice(&agent.id).unwrap()).collect()
+}
+
+fn entries(message: &vpn::PeerUpdate) -> usize {
+    let workspaces = message.upserted_workspaces.len() + message.deleted_workspaces.len();
+    workspaces + message.upserted_agents.len() + message.deleted_agents.len()
+}
+
+fn workspace(number: u128, name: &str, status: i32) -> tailnet::Workspace {
+    tailnet::Workspace { id: raw(number), name: name.to_owned(), status }
+}
+
+fn agent(number: u128, name: &str, workspace: u128) -> tailnet::Agent {
+    tailnet::Agent { id: raw(number), name: name.to_owned(), workspace_id: raw(workspace) }
+}
+
+/// Upserts only: workspaces with name and status, agents with name and workspace.
+fn snapshot(workspaces: &[(u128, &str, i32)], agents: &[(u128, &str, u128)]) -> tailnet::WorkspaceUpdate {
+    tailnet::WorkspaceUpdate {
+        upserted_workspaces: workspaces
+            .iter()
+            .map(|(it, name, status)| workspace(*it, name, *status))
+            .collect(),
+        upserted_agents: agents.iter().map(|(it, name, workspace)| agent(*it, name, *workspace)).collect(),
+        ..tailnet::WorkspaceUpdate::default()
+    }
+}
+
+fn at(seconds: u64) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
+}
+
+fn ping(millis: u64) -> PingReport {
+    PingReport {
+        latency: Duration::from_millis(millis),
+        direct: false,
+        region_name: "Coder Embedded Relay".to_owned(),
+        region_latency: Some(Duration::from_millis(7)),
+    }
+}
