@@ -23,7 +23,11 @@ use tokio::{
 };
 use warren_actors::runtime::{Context, Part, PartError, Tasks};
 
-use crate::{access::Caller, facts::Service, service::Surface};
+use crate::{
+    access::{self, Caller},
+    facts::Service,
+    service::Surface,
+};
 
 mod answer;
 mod control;
@@ -38,6 +42,8 @@ use answer::Refusal;
 
 /// Connections at the same time, for each listener.
 const MAX_CONNECTIONS: usize = 64;
+/// Those of one user at the Unix socket, so that one user who follows events cannot shut out the others.
+const MAX_CONNECTIONS_PER_USER: usize = 32;
 /// How long a request's head may take to arrive.
 const HEAD_LIMIT: Duration = Duration::from_secs(10);
 /// Bytes of a request's head.
@@ -146,11 +152,20 @@ fn is_local_name(host: &str) -> bool {
 
 async fn serve_unix(listener: UnixListener, router: Router) {
     let places = Places::default();
+    let users = access::Places::new(MAX_CONNECTIONS, MAX_CONNECTIONS_PER_USER);
     loop {
         let (place, accepted) = places.next(async || listener.accept().await).await;
-        match accepted.and_then(|(stream, _): (UnixStream, _)| Ok((Caller::of(&stream)?, stream))) {
-            Ok((caller, stream)) => places.serve(place, stream, router.clone().layer(Extension(caller))),
-            Err(error) => pause(&error).await,
+        let (caller, stream) =
+            match accepted.and_then(|(stream, _): (UnixStream, _)| Ok((Caller::of(&stream)?, stream))) {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    pause(&error).await;
+                    continue;
+                }
+            };
+        match users.take(caller) {
+            Some(share) => places.serve((place, share), stream, router.clone().layer(Extension(caller))),
+            None => tracing::warn!(uid = caller.uid, "a connection too many is turned away"),
         }
     }
 }
@@ -192,8 +207,10 @@ impl Places {
         (place, accept().await)
     }
 
-    fn serve<S>(&self, place: Place, stream: S, router: Router)
+    /// Serves one connection, which keeps its place until it ends.
+    fn serve<P, S>(&self, place: P, stream: S, router: Router)
     where
+        P: Send + 'static,
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         self.connections.spawn(async move {

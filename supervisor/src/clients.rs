@@ -10,13 +10,13 @@
 //! this part clients connect again, and the tunnel does not notice.
 
 use std::{
-    collections::BTreeMap,
     io,
     os::unix::net::UnixListener as StdListener,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+use futures::FutureExt;
 use tokio::{
     net::{UnixListener, UnixStream},
     time::{sleep, timeout},
@@ -33,7 +33,7 @@ use warren_proto::{
 };
 
 use crate::{
-    access::{Caller, may_control},
+    access::{Caller, Places, may_control},
     facts::{Peers, Service, TunnelState},
     tunnels,
 };
@@ -81,9 +81,9 @@ impl Part for Clients {
     type State = ();
 
     async fn start(&self, context: &Context<Message>) -> Result<(), PartError> {
-        let places = Arc::new(Places::default());
+        let places = Places::new(MAX_CLIENTS, MAX_CLIENTS_PER_USER);
         for listener in self.listeners.iter() {
-            let door = Door { service: Arc::clone(&self.service), places: Arc::clone(&places) };
+            let door = Door { service: Arc::clone(&self.service), places: places.clone() };
             context.tasks.spawn(door.serve(listen(listener)?));
         }
         Ok(())
@@ -104,7 +104,7 @@ fn listen(listener: &StdListener) -> io::Result<UnixListener> {
 /// Where clients come in.
 struct Door {
     service: Arc<Service>,
-    places: Arc<Places>,
+    places: Places,
 }
 
 impl Door {
@@ -127,7 +127,7 @@ impl Door {
             Ok(caller) => caller,
             Err(error) => return tracing::warn!(%error, "a client without credentials"),
         };
-        let Some(place) = Places::take(&self.places, caller) else {
+        let Some(place) = self.places.take(caller) else {
             return tracing::warn!(uid = caller.uid, "a client too many is turned away");
         };
         let service = Arc::clone(&self.service);
@@ -135,42 +135,6 @@ impl Door {
             let _place = place;
             serve(service, caller, stream).await;
         });
-    }
-}
-
-/// Who is connected, counted by user.
-#[derive(Default)]
-struct Places(Mutex<BTreeMap<u32, usize>>);
-
-struct Place {
-    places: Arc<Places>,
-    uid: u32,
-}
-
-impl Places {
-    fn take(places: &Arc<Self>, caller: Caller) -> Option<Place> {
-        let mut taken = places.lock();
-        let total: usize = taken.values().sum();
-        let own = taken.entry(caller.uid).or_default();
-        if total >= MAX_CLIENTS || *own >= MAX_CLIENTS_PER_USER {
-            return None;
-        }
-        *own += 1;
-        Some(Place { places: Arc::clone(places), uid: caller.uid })
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, usize>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut taken = self.places.lock();
-        if let Some(own) = taken.get_mut(&self.uid) {
-            *own -= 1;
-        }
-        taken.retain(|_, own| *own > 0);
     }
 }
 
@@ -199,14 +163,15 @@ struct News {
 impl News {
     /// What is so when a client comes is no news.
     fn new(service: &Service) -> Self {
-        Self { tunnel: service.tunnel.view(), peers: service.peers.view() }
+        let (mut tunnel, mut peers) = (service.tunnel.view(), service.peers.view());
+        // Seen here and not in `tell`, which may run only after the first answer and another change.
+        let _ = (tunnel.changed().now_or_never(), peers.changed().now_or_never());
+        Self { tunnel, peers }
     }
 
     /// Tells the client of every change, until it does not read any more.
     async fn tell(mut self, client: &Client) {
         let mut told = None;
-        self.tunnel.changed().await;
-        self.peers.changed().await;
         loop {
             let changed = tokio::select! {
                 tunnel = self.tunnel.changed() => tunnel.is_some(),
@@ -223,20 +188,27 @@ impl News {
         let stage = tunnel.progress.filter(|_| tunnel.lifecycle == Lifecycle::Starting);
         if let Some(stage) = stage.filter(|stage| Some(*stage) != *told) {
             let progress = vpn::StartProgress { stage: stage.into(), ..vpn::StartProgress::default() };
-            if !send(client, service_message::Msg::StartProgress(progress)).await {
+            if !send(client, None, service_message::Msg::StartProgress(progress)).await {
                 return false;
             }
         }
         *told = stage;
-        send(client, service_message::Msg::Status(status(&self.tunnel.get(), &self.peers.get()))).await
+        let status = status(&self.tunnel.get(), &self.peers.get());
+        send(client, None, service_message::Msg::Status(status)).await
     }
 }
 
-/// Sends one whole frame and waits until it is written. Returns whether it was.
-async fn send(client: &Client, message: service_message::Msg) -> bool {
+/// Sends one whole frame, as the answer to a request if it has one, and waits until it is written. Returns
+/// whether it was.
+async fn send(client: &Client, request: Option<u64>, message: service_message::Msg) -> bool {
+    let message = ServiceMessage { rpc: None, msg: Some(message) };
     let sending = async {
         let slot = client.reserve().await.ok()?;
-        let written = slot.notify(ServiceMessage { rpc: None, msg: Some(message) }).ok()?;
+        let written = match request {
+            Some(id) => slot.respond(id, message),
+            None => slot.notify(message),
+        };
+        let written = written.ok()?;
         written.wait().await.then_some(())
     };
     timeout(WRITE_LIMIT, sending).await.ok().flatten().is_some()
@@ -261,7 +233,7 @@ struct Session {
 }
 
 impl Session {
-    /// Answers until the client is gone. What it has begun goes on without it.
+    /// Answers until the client is gone, or does not read. What it has begun goes on without it.
     async fn answer(&self, mut inbox: Inbox<ClientMessage>) {
         let room = Arc::new(tokio::sync::Semaphore::new(MAX_REQUESTS));
         while let Some(Incoming { message, kind, received_at }) = inbox.recv().await {
@@ -278,7 +250,9 @@ impl Session {
                 let _permit = permit;
                 let Some((method, answer)) = work(&service, caller, message.msg).await else { return };
                 count(method, &answer, received_at);
-                let _ = client.respond(id, ServiceMessage { rpc: None, msg: Some(answer) }).await;
+                if !send(&client, Some(id), answer).await {
+                    client.close(Duration::ZERO).await;
+                }
             });
         }
     }
@@ -315,14 +289,15 @@ async fn work(
 async fn begin(service: &Service, caller: Caller, start: vpn::StartRequest) -> Result<(), String> {
     may_control(&caller, service)?;
     let order = Arc::new(order::order(start, caller.uid, &service.config.allow_http_hosts)?);
-    let asked = service.tunnels.ask(START_LIMIT, |reply| tunnels::Message::Start { order, reply }).await;
+    let asked =
+        service.tunnels.ask(START_LIMIT, |reply| tunnels::Message::Start { order, caller, reply }).await;
     let answer = asked.map_err(|error| format!("the service could not do it: {error}; try again"))?;
     if answer.success { Ok(()) } else { Err(answer.error_message) }
 }
 
 async fn end(service: &Service, caller: Caller) -> Result<(), String> {
     may_control(&caller, service)?;
-    let asked = service.tunnels.ask(STOP_LIMIT, |reply| tunnels::Message::Stop { reply }).await;
+    let asked = service.tunnels.ask(STOP_LIMIT, |reply| tunnels::Message::Stop { caller, reply }).await;
     let answer = asked.map_err(|error| format!("the service could not do it: {error}; try again"))?;
     if answer.success { Ok(()) } else { Err(answer.error_message) }
 }

@@ -7,15 +7,19 @@ use std::{
     os::{
         fd::{FromRawFd, OwnedFd, RawFd},
         unix::{
-            fs::PermissionsExt,
-            net::{UnixListener, UnixStream},
+            fs::{DirBuilderExt, FileTypeExt, PermissionsExt},
+            net::UnixListener,
         },
     },
     path::{Path, PathBuf},
 };
 
 use nix::unistd::Group;
-use rustix::fs::{FlockOperation, Gid, flock};
+use rustix::{
+    fs::{FlockOperation, Gid, flock},
+    io::Errno,
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType},
+};
 
 use crate::{
     config::{Config, DEFAULT_GROUP, MetricsListen},
@@ -83,7 +87,7 @@ impl Lock {
             fs::OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Self(file)),
-            Err(rustix::io::Errno::WOULDBLOCK) => Err(SocketError::Running { path }),
+            Err(Errno::WOULDBLOCK) => Err(SocketError::Running { path }),
             Err(error) => Err(failed(error.into())),
         }
     }
@@ -107,25 +111,48 @@ pub fn group(paths: &Paths, config: &Config) -> Result<Option<Gid>, SocketError>
 /// Listens at `path`. The socket is made where nobody else can reach it, and takes its name, in the place
 /// of what a dead service has left there, when it has its final mode and group.
 pub fn listen(path: &Path, mode: u32, group: Option<Gid>) -> Result<UnixListener, SocketError> {
-    if UnixStream::connect(path).is_ok() {
+    let failed = |error| SocketError::Unix { path: path.to_owned(), error };
+    if is_served(path).map_err(failed)? {
         return Err(SocketError::Running { path: path.to_owned() });
     }
-    let bound =
-        path.parent().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput)).and_then(|parent| {
-            let only_ours = fs::Permissions::from_mode(0o700);
-            let private =
-                tempfile::Builder::new().prefix(".sock-").permissions(only_ours).tempdir_in(parent)?;
-            let new = private.path().join("s");
-            let listener = UnixListener::bind(&new)?;
-            fs::set_permissions(&new, fs::Permissions::from_mode(mode))?;
-            if group.is_some() {
-                rustix::fs::chown(&new, None, group)?;
-            }
-            fs::rename(&new, path)?;
-            listener.set_nonblocking(true)?;
-            Ok(listener)
-        });
-    bound.map_err(|error| SocketError::Unix { path: path.to_owned(), error })
+    bind(path, mode, group).map_err(failed)
+}
+
+/// Whether somebody listens at `path`. What is no socket is nobody's to replace.
+fn is_served(path: &Path) -> io::Result<bool> {
+    match fs::symlink_metadata(path) {
+        Ok(there) if there.file_type().is_socket() => {}
+        Ok(_) => {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "something that is no socket is there"));
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    }
+    // Without waiting: one that has no room for more clients is there, too.
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let probe = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match rustix::net::connect(&probe, &SocketAddrUnix::new(path)?) {
+        Ok(()) | Err(Errno::AGAIN) => Ok(true),
+        Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn bind(path: &Path, mode: u32, group: Option<Gid>) -> io::Result<UnixListener> {
+    let parent = path.parent().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // A second socket may be wanted where nobody has made a place yet, as after a reboot.
+    fs::DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
+    let only_ours = fs::Permissions::from_mode(0o700);
+    let private = tempfile::Builder::new().prefix(".sock-").permissions(only_ours).tempdir_in(parent)?;
+    let new = private.path().join("s");
+    let listener = UnixListener::bind(&new)?;
+    fs::set_permissions(&new, fs::Permissions::from_mode(mode))?;
+    if group.is_some() {
+        rustix::fs::chown(&new, None, group)?;
+    }
+    fs::rename(&new, path)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
 }
 
 /// Where metrics and health are served, if anywhere: at an inherited socket, or at an address.
@@ -161,7 +188,7 @@ pub fn inherited(number: RawFd) -> Result<OwnedFd, SocketError> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::{fs::MetadataExt, net::UnixStream};
 
     use super::*;
 
@@ -182,6 +209,24 @@ mod tests {
         drop(listen(&path, 0o600, None).unwrap());
         let _alive = listen(&path, 0o600, None).unwrap();
         assert!(matches!(listen(&path, 0o600, None), Err(SocketError::Running { .. })));
+    }
+
+    #[test]
+    fn what_is_no_socket_is_not_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("precious");
+        fs::write(&path, "words").unwrap();
+        let error = listen(&path, 0o600, None).unwrap_err().to_string();
+        assert!(error.contains("no socket"), "{error}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "words");
+    }
+
+    #[test]
+    fn the_place_of_a_socket_is_made_where_it_is_missing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a/b/vpn.sock");
+        let _listener = listen(&path, 0o600, None).unwrap();
+        assert!(UnixStream::connect(&path).is_ok());
     }
 
     #[test]

@@ -30,6 +30,7 @@ use warren_observability::names;
 use warren_proto::vpn::{self, status::Lifecycle};
 
 use crate::{
+    access::{self, Caller},
     facts::{Service, TunnelState},
     intent::Order,
     link::LinkClient,
@@ -48,7 +49,7 @@ pub use running::Running;
 
 use death::{Death, Failure};
 use launch::{Launch, Step};
-use life::{Effect, Ending, Life, Ticket, Wish};
+use life::{Effect, Ending, Life, Power, Ticket, Wish};
 
 /// How long this part may take to end in order: what ending a tunnel process takes at worst.
 pub const STOP_GRACE: Duration = Duration::from_secs(18);
@@ -65,11 +66,15 @@ pub enum Message {
     Start {
         /// Which.
         order: Arc<Order>,
+        /// Who asks.
+        caller: Caller,
         /// What the person who asked is told.
         reply: Reply<vpn::StartResponse>,
     },
     /// Somebody wants no tunnel.
     Stop {
+        /// Who asks.
+        caller: Caller,
         /// What the person who asked is told.
         reply: Reply<vpn::StopResponse>,
     },
@@ -166,8 +171,12 @@ impl Part for Tunnels {
         message: Message,
     ) -> Result<(), PartError> {
         match message {
-            Message::Start { order, reply } => state.hear_wish(Asker::Start(reply), Wish::Up(order)),
-            Message::Stop { reply } => state.hear_wish(Asker::Stop(reply), Wish::Down),
+            Message::Start { order, caller, reply } => {
+                state.hear_wish(Asker::Start(reply), Wish::Up(order), self.power(&caller));
+            }
+            Message::Stop { caller, reply } => {
+                state.hear_wish(Asker::Stop(reply), Wish::Down, self.power(&caller));
+            }
             Message::Event(Event(report)) => self.hear(context, state, report),
         }
         self.act(context, state);
@@ -193,6 +202,10 @@ impl Part for Tunnels {
 }
 
 impl Tunnels {
+    fn power(&self, caller: &Caller) -> Power {
+        if access::is_privileged(caller, &self.service) { Power::All } else { Power::Own(caller.uid) }
+    }
+
     /// Goes on where a predecessor, or the last service, has left off.
     fn reconcile(&self, context: &Context<Message>, state: &mut State) {
         let shown = state.tunnel.get();
@@ -265,6 +278,7 @@ impl Tunnels {
                 Effect::Launch(order) => self.launch(context, state, order),
                 Effect::End(ending) => self.end(context, state, ending),
                 Effect::Answer(ticket, outcome) => answers.push((ticket, outcome)),
+                Effect::Refuse(ticket, owner) => answers.push((ticket, Err(access::refusal(owner)))),
                 Effect::Count(reason) => {
                     metrics::counter!(names::TUNNEL_RESTARTS, "reason" => reason.label()).increment(1);
                 }
@@ -323,11 +337,11 @@ impl Tunnels {
 }
 
 impl State {
-    fn hear_wish(&mut self, asker: Asker, wish: Wish) {
+    fn hear_wish(&mut self, asker: Asker, wish: Wish, power: Power) {
         self.tickets += 1;
         let ticket = Ticket(self.tickets);
         self.askers.insert(ticket, asker);
-        self.life.handle_wish(ticket, wish, now());
+        self.life.handle_wish(ticket, wish, power, now());
     }
 
     fn answer(&mut self, ticket: Ticket, outcome: Result<(), String>) {

@@ -23,7 +23,7 @@ pub(super) async fn forget(
 ) -> Result<StatusCode, Refusal> {
     let service = &shared.service;
     may_control(&caller, service).map_err(Refusal::forbidden)?;
-    let stopped = service.tunnels.ask(STOP_LIMIT, |reply| tunnels::Message::Stop { reply }).await;
+    let stopped = service.tunnels.ask(STOP_LIMIT, |reply| tunnels::Message::Stop { caller, reply }).await;
     let stopped = stopped.map_err(|error| Refusal::failed(error.to_string()))?;
     if !stopped.success {
         return Err(Refusal::failed(stopped.error_message));

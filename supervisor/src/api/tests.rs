@@ -195,6 +195,20 @@ async fn a_name_of_another_machine_is_not_served_on_loopback() {
 }
 
 #[tokio::test]
+async fn one_user_who_keeps_connections_open_leaves_places_for_others() {
+    let bench = Bench::new().await;
+    let mut held = Vec::new();
+    for _ in 0..MAX_CONNECTIONS_PER_USER {
+        let mut stream = UnixStream::connect(bench.folder.path().join("api.sock")).await.unwrap();
+        stream.write_all(b"GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        assert_eq!(stream.read_u8().await.unwrap(), b'H', "it is served");
+        held.push(stream);
+    }
+    let mut one_more = UnixStream::connect(bench.folder.path().join("api.sock")).await.unwrap();
+    assert_eq!(one_more.read(&mut [0]).await.unwrap(), 0, "it is turned away");
+}
+
+#[tokio::test]
 async fn names_are_not_to_be_had_on_loopback() {
     let bench = Bench::with_tunnel().await;
     for path in ["/v1/status", "/v1/tree", "/v1/logs", "/v1/ping/dev.main"] {

@@ -93,24 +93,25 @@ async fn outside(args: Args) -> Outcome {
             "--metrics-listen must be a loopback address: there is no authentication",
         ));
     }
+    let mut signals = Signals::listen()?;
     let listener = TcpListener::bind(args.metrics_listen)
         .map_err(|error| CliError::failed(format!("cannot listen at {}: {error}", args.metrics_listen)))?;
     let only_ours = std::fs::Permissions::from_mode(0o700);
     let folder = tempfile::Builder::new().prefix("warren-lab-").permissions(only_ours).tempdir()?;
     let outcome = match device_problem(args.no_tun) {
         None => match spawn(&args, folder.path().into(), &listener, Isolation::Namespaces) {
-            Ok(child) => supervise(child).await,
+            Ok(child) => supervise(child, &mut signals).await,
             Err(error) => {
                 eprintln!(
                     "warren lab: the kernel allows no user namespace here ({error}): {}.",
                     namespace::REMEDY
                 );
-                without_device(&args, &folder, &listener).await
+                without_device(&args, &folder, &listener, &mut signals).await
             }
         },
         Some(problem) => {
             eprintln!("warren lab: {problem}.");
-            without_device(&args, &folder, &listener).await
+            without_device(&args, &folder, &listener, &mut signals).await
         }
     };
     folder.close()?;
@@ -134,12 +135,17 @@ fn device_problem(no_tun: bool) -> Option<String> {
     Some(format!("/dev/net/tun cannot be opened ({error}): {remedy}"))
 }
 
-async fn without_device(args: &Args, folder: &tempfile::TempDir, listener: &TcpListener) -> Outcome {
+async fn without_device(
+    args: &Args,
+    folder: &tempfile::TempDir,
+    listener: &TcpListener,
+    signals: &mut Signals,
+) -> Outcome {
     eprintln!(
         "warren lab: going on without a device: status and pings are real, pages and echoes are left out."
     );
     let child = spawn(args, folder.path().into(), listener, Isolation::None)?;
-    supervise(child).await
+    supervise(child, signals).await
 }
 
 enum Isolation {
@@ -173,13 +179,10 @@ fn spawn(
 }
 
 /// Waits for the inner lab. A signal that only we got is handed on, and the inner lab ends in order.
-async fn supervise(mut child: tokio::process::Child) -> Outcome {
-    let mut interrupt = tokio::signal::unix::signal(SignalKind::interrupt())?;
-    let mut terminate = tokio::signal::unix::signal(SignalKind::terminate())?;
-    let mut hangup = tokio::signal::unix::signal(SignalKind::hangup())?;
+async fn supervise(mut child: tokio::process::Child, signals: &mut Signals) -> Outcome {
     let status = tokio::select! {
         status = child.wait() => status?,
-        _ = async { tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {}, _ = hangup.recv() => {} } } => {
+        () = signals.received() => {
             if let Some(pid) = child.id().and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed())) {
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
             }
@@ -202,31 +205,45 @@ async fn supervise(mut child: tokio::process::Child) -> Outcome {
 
 /// Control plane, relay and agents only.
 async fn serve(args: Args) -> Outcome {
+    let mut signals = Signals::listen()?;
     let options = LabOptions { agents: args.agents as usize, ..LabOptions::default() };
     let lab = Lab::start(options).await.map_err(CliError::failed)?;
     display::serving(&lab, args.json)?;
-    let ended = ending(args.duration.map(Duration::from)).await;
+    tokio::select! {
+        () = signals.received() => {}
+        () = elapsed(args.duration) => {}
+    }
     lab.stop().await;
-    ended?;
     Ok(Exit::Ok)
 }
 
-/// Waits for a signal, or for the end of `duration`.
-async fn ending(duration: Option<Duration>) -> io::Result<()> {
-    let mut interrupt = tokio::signal::unix::signal(SignalKind::interrupt())?;
-    let mut terminate = tokio::signal::unix::signal(SignalKind::terminate())?;
-    let elapsed = async {
-        match duration {
-            Some(duration) => tokio::time::sleep(duration).await,
-            None => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
-        () = elapsed => {}
+/// The signals that end a lab. Whoever listens from the first moment on leaves nothing behind.
+struct Signals([tokio::signal::unix::Signal; 3]);
+
+impl Signals {
+    fn listen() -> io::Result<Self> {
+        let signal = tokio::signal::unix::signal;
+        let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+        let [interrupt, terminate, hangup] = kinds.map(signal);
+        Ok(Self([interrupt?, terminate?, hangup?]))
     }
-    Ok(())
+
+    async fn received(&mut self) {
+        let [interrupt, terminate, hangup] = &mut self.0;
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    }
+}
+
+/// Waits for the end of `duration`, for ever if there is none.
+async fn elapsed(duration: Option<humantime::Duration>) {
+    match duration {
+        Some(duration) => tokio::time::sleep(duration.into()).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Where metrics are served, as seen from outside.

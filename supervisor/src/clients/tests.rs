@@ -1,12 +1,16 @@
 //! Real clients at a real socket; the tunnels part is a double that obeys.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
+use tokio::io::AsyncWriteExt;
 use warren_actors::runtime::CellWriter;
 #[cfg(feature = "faults")]
 use warren_actors::runtime::FaultKind;
-use warren_proto::vpn::{ManagerMessage, TunnelMessage};
+use warren_proto::{
+    frame,
+    vpn::{ManagerMessage, TunnelMessage},
+};
 
 use super::*;
 use crate::{
@@ -43,12 +47,12 @@ impl Part for Obedient {
     ) -> Result<(), PartError> {
         let shown = TunnelState::clone(&state.get());
         match message {
-            tunnels::Message::Start { order, reply } => {
+            tunnels::Message::Start { order, reply, .. } => {
                 let (lifecycle, owner) = (Lifecycle::Started, Some(order.owner));
                 state.set(TunnelState { lifecycle, owner, ..shown });
                 let _ = reply.send(vpn::StartResponse { success: true, error_message: String::new() });
             }
-            tunnels::Message::Stop { reply } => {
+            tunnels::Message::Stop { reply, .. } => {
                 state.set(TunnelState { lifecycle: Lifecycle::Stopped, owner: None, ..shown });
                 let _ = reply.send(vpn::StopResponse { success: true, error_message: String::new() });
             }
@@ -56,6 +60,27 @@ impl Part for Obedient {
         }
         Ok(())
     }
+}
+
+/// A service that nobody runs, and that keeps what it has in `folder`.
+fn service(folder: &Path) -> Arc<Service> {
+    let paths = Paths {
+        scope: Scope::User,
+        runtime_dir: folder.to_owned(),
+        state_dir: folder.to_owned(),
+        config: folder.join("config.toml"),
+        config_is_named: false,
+    };
+    let options = Options {
+        with_device: false,
+        allow_faults: true,
+        version: "0.0.0",
+        uid: rustix::process::geteuid().as_raw(),
+        log_filter: "info".into(),
+        ca_file: None,
+    };
+    let spawner = Spawner::start(tokio::runtime::Handle::current()).unwrap();
+    Arc::new(Service::new(paths, Config::default(), options, spawner))
 }
 
 struct Bench {
@@ -69,25 +94,9 @@ struct Bench {
 impl Bench {
     async fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let paths = Paths {
-            scope: Scope::User,
-            runtime_dir: folder.path().to_owned(),
-            state_dir: folder.path().to_owned(),
-            config: folder.path().join("config.toml"),
-            config_is_named: false,
-        };
-        let options = Options {
-            with_device: false,
-            allow_faults: true,
-            version: "0.0.0",
-            uid: rustix::process::geteuid().as_raw(),
-            log_filter: "info".into(),
-            ca_file: None,
-        };
-        let path = paths.vpn_socket();
+        let service = service(folder.path());
+        let path = service.paths.vpn_socket();
         let listeners: Arc<[_]> = [sockets::listen(&path, 0o600, None).unwrap()].into();
-        let spawner = Spawner::start(tokio::runtime::Handle::current()).unwrap();
-        let service = Arc::new(Service::new(paths, Config::default(), options, spawner));
         let [obeying, serving] = [(); 2].map(|()| Arc::clone(&service));
         let spec = SupervisorSpec::new("root", 3, Duration::from_secs(300))
             .child(ChildSpec::part(&service.tunnels, move || Obedient(Arc::clone(&obeying))))
@@ -225,17 +234,6 @@ async fn after_a_panic_clients_connect_again_to_the_same_socket() {
 }
 
 #[tokio::test]
-async fn one_user_takes_no_more_than_his_share_of_the_places() {
-    let places = Arc::new(Places::default());
-    let (alice, bob) = (Caller { uid: 1 }, Caller { uid: 2 });
-    let taken: Vec<_> = std::iter::from_fn(|| Places::take(&places, alice)).collect();
-    assert_eq!(taken.len(), MAX_CLIENTS_PER_USER);
-    assert!(Places::take(&places, bob).is_some());
-    drop(taken);
-    assert!(Places::take(&places, alice).is_some());
-}
-
-#[tokio::test]
 async fn a_tunnel_is_its_owners_and_roots() {
     let bench = Bench::new().await;
     let intent = bench.service.desired.claim().unwrap();
@@ -248,4 +246,51 @@ async fn a_tunnel_is_its_owners_and_roots() {
     }
     intent.set(Desired::default());
     assert!(may_control(&Caller { uid: 4243 }, &bench.service).is_ok());
+}
+
+/// A service's end of a connection that holds few bytes, and the bare other end of it.
+async fn narrow() -> (Client, Inbox<ClientMessage>, tokio::io::DuplexStream) {
+    let (ours, mut theirs) = tokio::io::duplex(64);
+    theirs.write_all(b"codervpn client 1.3\n").await.unwrap();
+    let (read, write) = tokio::io::split(ours);
+    let (client, inbox) = Speaker::connect(read, write, Role::Service, Role::Client, LIMIT).await.unwrap();
+    (client, inbox, theirs)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_asks_and_never_reads_is_not_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let service = service(folder.path());
+    let error = "long enough to fill what lies between the two ends".to_owned();
+    service.tunnel.claim().unwrap().set(TunnelState { error, ..TunnelState::default() });
+    let (client, inbox, mut deaf) = narrow().await;
+    let request = client_message::Msg::Status(vpn::StatusRequest {});
+    let request = ClientMessage { rpc: Some(vpn::Rpc::request(1)), msg: Some(request) };
+    deaf.write_all(&frame::encode(&request).unwrap()).await.unwrap();
+    let session = Session { service, caller: Caller { uid: 1 }, client };
+    assert!(timeout(3 * WRITE_LIMIT, session.answer(inbox)).await.is_ok());
+}
+
+#[tokio::test]
+async fn what_changes_before_the_first_look_is_news() {
+    let folder = tempfile::tempdir().unwrap();
+    let service = service(folder.path());
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let ((read, write), (their_read, their_write)) = (ours.into_split(), theirs.into_split());
+    let (client, tester) = tokio::join!(
+        Speaker::connect(read, write, Role::Service, Role::Client, LIMIT),
+        Tester::connect(their_read, their_write, Role::Client, Role::Service, LIMIT),
+    );
+    let ((client, _requests), (_tester, mut inbox)): ((Client, _), _) = (client.unwrap(), tester.unwrap());
+    let news = News::new(&service);
+    service
+        .tunnel
+        .claim()
+        .unwrap()
+        .set(TunnelState { lifecycle: Lifecycle::Started, ..TunnelState::default() });
+    let told = tokio::select! {
+        status = next_status(&mut inbox) => status,
+        () = news.tell(&client) => panic!("the client is still there"),
+    };
+    assert_eq!(told.lifecycle(), Lifecycle::Started);
 }

@@ -62,6 +62,16 @@ pub(super) enum Wish {
     Down,
 }
 
+/// Whose tunnel a person may replace and end. It counts when the wish is served: while it waits, another
+/// person may have got a tunnel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Power {
+    /// Anybody's.
+    All,
+    /// This user's.
+    Own(u32),
+}
+
 /// What is to be done.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Effect {
@@ -71,6 +81,8 @@ pub(super) enum Effect {
     End(Ending),
     /// Tell whoever asked.
     Answer(Ticket, Result<(), String>),
+    /// Tell whoever asked that the tunnel is this user's.
+    Refuse(Ticket, u32),
     /// A process died for this reason and will have a successor.
     Count(Reason),
 }
@@ -126,6 +138,7 @@ enum Then {
 struct Waiting {
     ticket: Ticket,
     wish: Wish,
+    power: Power,
     until: Instant,
 }
 
@@ -167,12 +180,12 @@ impl Life {
     }
 
     /// A person asks for something.
-    pub(super) fn handle_wish(&mut self, ticket: Ticket, wish: Wish, now: Instant) {
+    pub(super) fn handle_wish(&mut self, ticket: Ticket, wish: Wish, power: Power, now: Instant) {
         if self.waiting.len() >= MAX_WAITING {
             self.effects.push(Effect::Answer(ticket, Err(LOCKED.to_owned())));
             return;
         }
-        self.waiting.push_back(Waiting { ticket, wish, until: now + LOCK_LIMIT });
+        self.waiting.push_back(Waiting { ticket, wish, power, until: now + LOCK_LIMIT });
         self.serve();
     }
 
@@ -304,8 +317,14 @@ impl Life {
     /// Serves who waits, as long as no operation of a person is under way.
     fn serve(&mut self) {
         while !matches!(self.phase, Phase::Ending(_) | Phase::Starting { asked: Some(_), .. })
-            && let Some(Waiting { ticket, wish, .. }) = self.waiting.pop_front()
+            && let Some(Waiting { ticket, wish, power, .. }) = self.waiting.pop_front()
         {
+            if let (Power::Own(user), Some(owner)) = (power, self.shown.owner)
+                && user != owner
+            {
+                self.effects.push(Effect::Refuse(ticket, owner));
+                continue;
+            }
             match wish {
                 Wish::Up(order) => self.serve_up(order, ticket),
                 Wish::Down => {

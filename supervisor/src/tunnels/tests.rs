@@ -29,6 +29,8 @@ use crate::{
 /// Generous: a loaded machine is no failure.
 const LIMIT: Duration = Duration::from_secs(30);
 
+const ROOT: Caller = Caller { uid: 0 };
+
 /// How the tunnel of a test behaves.
 const MODE: &str = "WARREN_TEST_TUNNEL";
 
@@ -167,11 +169,11 @@ impl Bench {
 
     async fn start(&self, url: &str) -> vpn::StartResponse {
         let order = order(url);
-        self.service.tunnels.ask(LIMIT, |reply| Message::Start { order, reply }).await.unwrap()
+        self.service.tunnels.ask(LIMIT, |reply| Message::Start { order, caller: ROOT, reply }).await.unwrap()
     }
 
     async fn stop(&self) -> vpn::StopResponse {
-        self.service.tunnels.ask(LIMIT, |reply| Message::Stop { reply }).await.unwrap()
+        self.service.tunnels.ask(LIMIT, |reply| Message::Stop { caller: ROOT, reply }).await.unwrap()
     }
 
     async fn until(&self, accept: impl FnMut(&TunnelState) -> bool) -> Arc<TunnelState> {
@@ -368,7 +370,10 @@ async fn a_second_operation_is_refused_while_the_first_takes_its_time() {
     let bench = Bench::new("silent").await;
     let service = Arc::clone(&bench.service);
     let first = tokio::spawn(async move {
-        service.tunnels.ask(LIMIT, |reply| Message::Start { order: order("https://a"), reply }).await
+        service
+            .tunnels
+            .ask(LIMIT, |reply| Message::Start { order: order("https://a"), caller: ROOT, reply })
+            .await
     });
     bench.until(|shown| shown.progress == Some(vpn::StartProgressStage::Finalizing)).await;
     let second = bench.stop().await;

@@ -19,7 +19,7 @@ use warren_lab::{Lab, LabOptions};
 use warren_proto::vpn;
 use warren_supervisor::sockets;
 
-use super::{Args, display, display::Display, ending, metrics_url, namespace, probe};
+use super::{Args, Signals, display, display::Display, elapsed, metrics_url, namespace, probe};
 use crate::cli::{
     Reach, VERSION,
     api::Api,
@@ -45,6 +45,7 @@ const PROBED_AGENTS: usize = 16;
 
 /// Runs the lab until its end and says whether every agent was pinged.
 pub(crate) async fn run(args: Args) -> Outcome {
+    let mut signals = Signals::listen()?;
     let folder = args.inside.clone().unwrap_or_default();
     let listener = sockets::inherited(args.metrics_fd.unwrap_or(-1)).map_err(CliError::failed)?;
     if !args.no_tun {
@@ -55,7 +56,7 @@ pub(crate) async fn run(args: Args) -> Outcome {
     let mut service = Service::spawn(&args, &folder, &listener)?;
     let metrics = metrics_url(&listener)?;
     drop(listener);
-    let outcome = attend(&args, &lab, &mut service, &folder, metrics).await;
+    let outcome = attend(&args, &lab, &mut service, &folder, metrics, &mut signals).await;
     service.stop().await;
     if outcome.is_err() && !args.logs {
         service.show_log();
@@ -64,21 +65,37 @@ pub(crate) async fn run(args: Args) -> Outcome {
     outcome
 }
 
-/// Everything between the start of the service and its stop.
-async fn attend(args: &Args, lab: &Lab, service: &mut Service, folder: &Path, metrics: String) -> Outcome {
-    let reach = Reach { socket_dir: Some(folder.join("run")) };
-    let mut client = service.connect(&reach).await?;
-    let deadline = Instant::now() + START_LIMIT;
+/// Connects to the service and has it start the tunnel.
+async fn start(lab: &Lab, service: &mut Service, reach: &Reach) -> Result<ServiceClient, CliError> {
+    let mut client = service.connect(reach).await?;
     let start = vpn::StartRequest {
         coder_url: lab.url().to_string(),
         api_token: lab.token().to_owned(),
         coder_desktop_version: VERSION.to_owned(),
         ..Default::default()
     };
+    let deadline = Instant::now() + START_LIMIT;
     let answer = client.start(start, deadline, |stage| eprintln!("warren lab: {stage} ...")).await?;
     if !answer.success {
         return Err(CliError::failed(format!("the tunnel did not start: {}", answer.error_message)));
     }
+    Ok(client)
+}
+
+/// Everything between the start of the service and its stop.
+async fn attend(
+    args: &Args,
+    lab: &Lab,
+    service: &mut Service,
+    folder: &Path,
+    metrics: String,
+    signals: &mut Signals,
+) -> Outcome {
+    let reach = Reach { socket_dir: Some(folder.join("run")) };
+    let mut client = tokio::select! {
+        client = start(lab, service, &reach) => client?,
+        () = signals.received() => return Ok(Exit::Ok),
+    };
     let started = std::time::Instant::now();
     let status = Api::new(&reach).get("/v1/status").await?;
     let ready = display::Ready {
@@ -94,9 +111,9 @@ async fn attend(args: &Args, lab: &Lab, service: &mut Service, folder: &Path, me
     let probing = (!args.no_tun).then(|| tokio::spawn(probe_agents(targets(lab), report)));
 
     let mut pinged = Pinged::default();
-    let first = client.status(deadline).await?;
+    let first = client.status(Instant::now() + START_LIMIT).await?;
     pinged.hear(&View::new(first), &mut display)?;
-    let end = ending(args.duration.map(Duration::from));
+    let end = elapsed(args.duration);
     tokio::pin!(end);
     loop {
         tokio::select! {
@@ -112,7 +129,8 @@ async fn attend(args: &Args, lab: &Lab, service: &mut Service, folder: &Path, me
                 pinged.hear(&View::new(status), &mut display)?;
             }
             Some(outcome) = probes.recv() => display.probe(&outcome)?,
-            ended = &mut end => { ended?; break }
+            () = &mut end => break,
+            () = signals.received() => break,
             status = service.child.wait() => {
                 return Err(CliError::failed(format!("the service ended by itself: {}", status?)));
             }

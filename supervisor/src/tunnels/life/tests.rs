@@ -34,7 +34,14 @@ impl Bench {
 
     fn wish(&mut self, wish: Wish) -> Ticket {
         self.tickets += 1;
-        self.life.handle_wish(Ticket(self.tickets), wish, self.now);
+        self.life.handle_wish(Ticket(self.tickets), wish, Power::All, self.now);
+        Ticket(self.tickets)
+    }
+
+    /// As [`Self::wish`], by a user who may touch only what is his.
+    fn wish_of(&mut self, user: u32, wish: Wish) -> Ticket {
+        self.tickets += 1;
+        self.life.handle_wish(Ticket(self.tickets), wish, Power::Own(user), self.now);
         Ticket(self.tickets)
     }
 
@@ -393,4 +400,18 @@ fn a_successor_says_that_a_start_was_interrupted() {
     life.handle_ended(life.generation(), Ok(()));
     assert_eq!(life.shown().lifecycle, Lifecycle::Stopped);
     assert!(life.shown().error.contains("`warren up`"));
+}
+
+#[test]
+fn a_wish_that_waited_for_anothers_start_cannot_touch_his_tunnel() {
+    let mut bench = Bench::new();
+    bench.wish(Wish::Up(order("https://a")));
+    let (stop, start) = (bench.wish_of(4242, Wish::Down), bench.wish_of(4242, Wish::Up(order("https://b"))));
+    bench.effects();
+    bench.launched(Ok(()));
+    let owner = order("https://a").owner;
+    let refused = [Effect::Refuse(stop, owner), Effect::Refuse(start, owner)];
+    assert!(bench.effects().ends_with(&refused));
+    bench.wish_of(owner, Wish::Down);
+    assert_eq!(bench.effects(), [Effect::End(Ending::Unwanted)]);
 }
