@@ -3,7 +3,7 @@
 //! 100 and 1000 agents. Everything shares this machine: read ratios, not single figures.
 //!
 //! ```sh
-//! cargo bench --bench relay                                  # about three minutes
+//! cargo bench --bench relay                                  # about two minutes
 //! cargo bench --bench relay -- --quick                       # a look
 //! cargo bench --bench relay -- --rounds 9 --megabytes 500 --agents 3,1000 --seconds 60
 //! ```
@@ -145,9 +145,6 @@ fn transfers(plan: &Plan) {
     println!("  {:<22}tunnel {}; service {}", "memory after", memory(tunnel), memory(service));
     println!("\nidle, through warren0 and the relay");
     println!("  {:<22}{}", "echo (ICMPv6)", percentiles(&mut echoes));
-    let mut pings: Vec<f64> =
-        lab.seen().iter().filter_map(|event| event["latency_seconds"].as_f64()).collect();
-    println!("  {:<22}{} (also while transferring)", "ping of the tunnel", percentiles(&mut pings));
     lab.end();
 }
 
@@ -185,14 +182,17 @@ fn idle(agents: u32, span: Duration) {
     thread::sleep(span);
     let share = |pid, before: f64| 100.0 * (cpu_seconds(pid) - before) / measured.elapsed().as_secs_f64();
     let (tunnel_share, service_share) = (share(tunnel, tunnel_before), share(service, service_before));
-    let since = lab.seen().into_iter().filter(|event| is_ping(event) && event.at >= measured);
-    let each = since.count() as f64 / f64::from(agents) / span.as_secs_f64() * 5.0;
+    let seen = lab.seen();
+    let since = seen.iter().filter(|event| is_ping(event) && event.at >= measured);
+    let mut latencies: Vec<f64> = since.filter_map(|ping| ping["latency_seconds"].as_f64()).collect();
+    let each = latencies.len() as f64 / f64::from(agents) / span.as_secs_f64() * 5.0;
     println!(
         "\n{agents} agents, each pinged every 5 s ({each:.2} reported each in 5 s)\n  \
          all pinged {:.2} s after the tunnel was up ({:.2} s after the lab was started)",
         last.saturating_duration_since(ready).as_secs_f64(),
         last.duration_since(begun).as_secs_f64(),
     );
+    println!("  pings    {}", percentiles(&mut latencies));
     for (name, share, cpu, pid) in
         [("tunnel", tunnel_share, until_then.0, tunnel), ("service", service_share, until_then.1, service)]
     {
