@@ -109,6 +109,7 @@ fn public(shared: Arc<Shared>) -> Router {
         .route("/readyz", routing::get(look::readyz))
         .route("/startupz", routing::get(look::startupz))
         .fallback(async || Refusal::not_found("there is no such page"))
+        .method_not_allowed_fallback(wrong_method)
         .with_state(shared)
 }
 
@@ -123,8 +124,14 @@ fn local(shared: Arc<Shared>) -> Router {
         .route("/v1/credentials", routing::delete(control::forget));
     #[cfg(feature = "faults")]
     let routes = routes.route("/v1/fault", routing::post(control::fault));
-    let routes = routes.layer(axum::extract::DefaultBodyLimit::max(MAX_BODY));
+    let routes = routes
+        .method_not_allowed_fallback(wrong_method)
+        .layer(axum::extract::DefaultBodyLimit::max(MAX_BODY));
     routes.with_state(Arc::clone(&shared)).merge(public(shared))
+}
+
+async fn wrong_method() -> Refusal {
+    Refusal::not_allowed("this page does not take that method")
 }
 
 /// A browser can be made to ask a name that leads here (DNS rebinding): only names of this machine count.

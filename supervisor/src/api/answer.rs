@@ -23,7 +23,10 @@ impl Refusal {
         Self { status: StatusCode::FORBIDDEN, words: words.into() }
     }
 
-    #[cfg(feature = "faults")]
+    pub(super) fn not_allowed(words: impl Into<String>) -> Self {
+        Self { status: StatusCode::METHOD_NOT_ALLOWED, words: words.into() }
+    }
+
     pub(super) fn bad_request(words: impl Into<String>) -> Self {
         Self { status: StatusCode::BAD_REQUEST, words: words.into() }
     }

@@ -4,13 +4,14 @@ use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use axum::{
     body::Bytes,
-    extract::{Path, Query, State},
+    extract::{Path, Query, State, rejection::QueryRejection},
     response::Response,
 };
 use futures::stream;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
+use warren_proto::vpn::status::Lifecycle;
 
 use super::{
     Shared,
@@ -18,6 +19,7 @@ use super::{
     look::{line, lines},
     resolve::resolve,
 };
+use crate::facts::TunnelState;
 
 /// How long one answer is waited for.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -41,12 +43,11 @@ fn once() -> u32 {
 pub(super) async fn ping(
     State(shared): State<Arc<Shared>>,
     Path(called): Path<String>,
-    Query(times): Query<Times>,
+    times: Result<Query<Times>, QueryRejection>,
 ) -> Result<Response, Refusal> {
+    let Query(times) = times.map_err(|error| Refusal::bad_request(error.body_text()))?;
     if shared.service.link.get().is_none() {
-        let tunnel = shared.service.tunnel.get();
-        let reason = if tunnel.error.is_empty() { "run `warren up` first" } else { &tunnel.error };
-        return Err(Refusal::unavailable(format!("there is no tunnel: {reason}")));
+        return Err(Refusal::unavailable(why_not(&shared.service.tunnel.get())));
     }
     let agent = resolve(&shared.service.peers.get(), &called).map_err(Refusal::not_found)?;
     let left = times.count.clamp(1, MAX_COUNT);
@@ -55,6 +56,17 @@ pub(super) async fn ping(
         let answer = series.next().await?;
         Some((Ok::<Bytes, Infallible>(line(&answer)), series))
     })))
+}
+
+/// Why no tunnel can be asked.
+fn why_not(tunnel: &TunnelState) -> String {
+    match tunnel.lifecycle {
+        _ if !tunnel.error.is_empty() => format!("there is no tunnel: {}", tunnel.error),
+        Lifecycle::Starting => "the tunnel is only starting; try again in a moment".to_owned(),
+        Lifecycle::Stopping => "the tunnel is being stopped".to_owned(),
+        Lifecycle::Started => "the tunnel cannot be asked: it is another program than ours".to_owned(),
+        Lifecycle::Stopped | Lifecycle::Unknown => "there is no tunnel: run `warren up` first".to_owned(),
+    }
 }
 
 /// The pings that are left. Ends with its reader.

@@ -7,7 +7,7 @@ use warren_proto::vpn;
 
 use crate::facts::Peers;
 
-/// Names that are listed where none fits.
+/// Names that are listed where none fits, or several do.
 const SUGGESTIONS: usize = 5;
 
 /// The agent that is called so: `workspace.agent`, `agent.workspace`, a host name with or without its last
@@ -28,7 +28,7 @@ pub(super) fn resolve(peers: &Peers, called: &str) -> Result<Uuid, String> {
         [(id, _)] => Ok(*id),
         [] => Err(unknown(&called, others)),
         several => {
-            let names: Vec<&str> = several.iter().map(|(_, name)| name.as_str()).collect();
+            let names: Vec<&str> = several.iter().take(SUGGESTIONS).map(|(_, name)| name.as_str()).collect();
             Err(format!("{called:?} may be any of {}; use an address", names.join(", ")))
         }
     }

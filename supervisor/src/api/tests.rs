@@ -4,7 +4,7 @@ use std::{future::Future, pin::Pin, sync::OnceLock};
 
 use serde_json::Value;
 use tempfile::TempDir;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use uuid::Uuid;
 use warren_actors::runtime::Address;
 use warren_observability::exporter::{Exporter, Process};
@@ -15,11 +15,13 @@ use crate::{
     child::{ChildSpec, SupervisorSpec},
     config::Config,
     facts::{Options, TunnelState},
+    intent,
     link::{self, AgentPing, Answers, LinkClient},
     paths::{Paths, Scope},
     process::Spawner,
     sockets,
     tree::{NodeInfo, Tree},
+    tunnels,
 };
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -65,15 +67,47 @@ impl Answers for Double {
     fn fault(&self, _: &str, _: &str) {}
 }
 
+/// A part that ends a tunnel at once, or says why it cannot.
+struct Ends {
+    refusal: &'static str,
+}
+
+impl Part for Ends {
+    type Message = tunnels::Message;
+    type State = ();
+
+    async fn start(&self, _: &Context<tunnels::Message>) -> Result<(), PartError> {
+        Ok(())
+    }
+
+    async fn handle(
+        &self,
+        _: &Context<tunnels::Message>,
+        (): &mut (),
+        message: tunnels::Message,
+    ) -> Result<(), PartError> {
+        if let tunnels::Message::Stop { reply, .. } = message {
+            let (success, error_message) = (self.refusal.is_empty(), self.refusal.to_owned());
+            let _ = reply.send(vpn::StopResponse { success, error_message });
+        }
+        Ok(())
+    }
+}
+
 struct Bench {
     service: Arc<Service>,
+    surface: Arc<Surface>,
     metrics: std::net::SocketAddr,
-    _tree: Tree,
+    tree: Tree,
     folder: TempDir,
 }
 
 impl Bench {
     async fn new() -> Self {
+        Self::begin(false).await
+    }
+
+    async fn begin(allow_faults: bool) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let paths = Paths {
             scope: Scope::User,
@@ -84,7 +118,7 @@ impl Bench {
         };
         let options = Options {
             with_device: false,
-            allow_faults: false,
+            allow_faults,
             version: "0.0.0",
             uid: rustix::process::geteuid().as_raw(),
             log_filter: "info".into(),
@@ -108,7 +142,7 @@ impl Bench {
             }));
         let tree = Tree::start(spec).await.unwrap();
         let _ = surface.tree.set(tree.clone());
-        Self { service, metrics: address, _tree: tree, folder }
+        Self { service, surface, metrics: address, tree, folder }
     }
 
     /// With a tunnel and its agent `dev.main`.
@@ -148,6 +182,26 @@ impl Bench {
 
     async fn get(&self, path: &str) -> (u16, String) {
         self.ask("GET", path).await
+    }
+
+    /// The same as another user, who is not privileged.
+    async fn ask_as(&self, uid: u32, method: &str, path: &str) -> (u16, String) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let shared = Shared { service: Arc::clone(&self.service), surface: Arc::clone(&self.surface) };
+        let places = Places::default();
+        places.serve((), theirs, local(Arc::new(shared)).layer(Extension(Caller { uid })));
+        exchange(ours, method, path, "localhost").await
+    }
+
+    /// With a part that ends the tunnel, or says why not, and the real one that forgets.
+    async fn with_parts(refusal: &'static str) -> Self {
+        let bench = Self::new().await;
+        let (state_dir, desired) = (bench.service.paths.state_dir.clone(), bench.service.desired.clone());
+        let forgets = move || intent::Intent::new(state_dir.clone(), desired.clone());
+        bench.tree.add(ChildSpec::part(&bench.service.intent, forgets)).await.unwrap();
+        let ends = move || Ends { refusal };
+        bench.tree.add(ChildSpec::part(&bench.service.tunnels, ends)).await.unwrap();
+        bench
     }
 
     /// The same at the loopback listener.
@@ -206,6 +260,43 @@ async fn one_user_who_keeps_connections_open_leaves_places_for_others() {
     }
     let mut one_more = UnixStream::connect(bench.folder.path().join("api.sock")).await.unwrap();
     assert_eq!(one_more.read(&mut [0]).await.unwrap(), 0, "it is turned away");
+}
+
+#[tokio::test]
+async fn a_follower_who_leaves_gives_the_place_back() {
+    let bench = Bench::new().await;
+    let follow = async || {
+        let mut stream = UnixStream::connect(bench.folder.path().join("api.sock")).await.unwrap();
+        stream.write_all(b"GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        stream.read_u8().await.is_ok().then_some(stream)
+    };
+    let mut held = Vec::new();
+    for _ in 0..MAX_CONNECTIONS_PER_USER {
+        held.push(follow().await.unwrap());
+    }
+    drop(held);
+    // Those that come before the others are noticed to be gone are turned away.
+    let served = async { while follow().await.is_none() {} };
+    tokio::time::timeout(LIMIT, served).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_panic_in_one_request_ends_its_own_connection_alone() {
+    let places = Places::default();
+    let router = Router::new()
+        .route("/fails", routing::get(async || -> &'static str { panic!("a test forced this panic") }))
+        .route("/works", routing::get(async || "it works"));
+    let connect = || {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        places.serve((), theirs, router.clone());
+        ours
+    };
+    let (mut failing, before) = (connect(), connect());
+    failing.write_all(b"GET /fails HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    assert_eq!(failing.read(&mut [0]).await.unwrap(), 0);
+    for stream in [before, connect()] {
+        assert_eq!(exchange(stream, "GET", "/works", "x").await, (200, "it works".to_owned()));
+    }
 }
 
 #[tokio::test]
@@ -276,6 +367,106 @@ async fn the_last_words_of_the_tunnel_are_lines() {
     bench.service.log.keep("second");
     let (_, logs) = bench.get("/v1/logs").await;
     assert_eq!(logs, r#"{"lines":["first","second"]}"#);
+}
+
+#[tokio::test]
+async fn a_ping_while_the_tunnel_is_not_there_says_why() {
+    let bench = Bench::new().await;
+    let tunnel = bench.service.tunnel.claim().unwrap();
+    for (lifecycle, error, words) in [
+        (vpn::status::Lifecycle::Stopped, "the token was refused", "the token was refused"),
+        (vpn::status::Lifecycle::Starting, "", "only starting"),
+        (vpn::status::Lifecycle::Started, "", "another program"),
+    ] {
+        tunnel.set(TunnelState { lifecycle, error: error.into(), ..Default::default() });
+        let (status, body) = bench.get("/v1/ping/dev.main").await;
+        assert_eq!(status, 503);
+        assert!(body.contains(words), "{body}");
+    }
+}
+
+#[tokio::test]
+async fn every_refusal_is_json_with_words() {
+    let bench = Bench::with_tunnel().await;
+    for (method, path, expected) in [
+        ("GET", "/v1/ping/dev.main?count=many", 400),
+        ("GET", "/v1/ping/nobody", 404),
+        ("GET", "/v2", 404),
+        ("POST", "/v1/status", 405),
+        ("POST", "/metrics", 405),
+    ] {
+        let (status, body) = bench.ask(method, path).await;
+        assert_eq!(status, expected, "{method} {path}");
+        let body: Value = serde_json::from_str(&body).unwrap();
+        assert!(body["error"].is_string(), "{method} {path}: {body}");
+    }
+}
+
+#[tokio::test]
+async fn events_begin_with_the_present_and_tell_every_change() {
+    let bench = Bench::new().await;
+    let mut stream = UnixStream::connect(bench.folder.path().join("api.sock")).await.unwrap();
+    stream.write_all(b"GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    let mut lines = tokio::io::BufReader::new(stream).lines();
+    let mut next = async || loop {
+        let line = tokio::time::timeout(LIMIT, lines.next_line()).await.unwrap().unwrap().unwrap();
+        if line.starts_with('{') {
+            return serde_json::from_str::<Value>(&line).unwrap();
+        }
+    };
+    assert_eq!(next().await["lifecycle"], "stopped");
+    let started =
+        TunnelState { lifecycle: vpn::status::Lifecycle::Started, pid: Some(42), ..Default::default() };
+    bench.service.tunnel.claim().unwrap().set(started);
+    let event = next().await;
+    assert_eq!((&event["lifecycle"], &event["tunnel_pid"]), (&"started".into(), &42.into()));
+}
+
+#[tokio::test]
+async fn forgetting_ends_the_tunnel_and_leaves_nothing_of_it() {
+    let bench = Bench::with_parts("").await;
+    bench.service.log.keep("about the last tunnel");
+    assert_eq!(bench.ask("DELETE", "/v1/credentials").await, (204, String::new()));
+    assert!(bench.service.log.lines().is_empty());
+}
+
+#[tokio::test]
+async fn what_cannot_be_ended_is_not_forgotten() {
+    let bench = Bench::with_parts("it hangs").await;
+    bench.service.log.keep("about the tunnel");
+    let (status, body) = bench.ask("DELETE", "/v1/credentials").await;
+    assert_eq!((status, body.as_str()), (500, r#"{"error":"it hangs"}"#));
+    assert_eq!(bench.service.log.lines().len(), 1);
+}
+
+#[tokio::test]
+async fn only_the_owner_may_have_the_tunnel_forgotten_and_others_may_look() {
+    const OWNER: u32 = 60_001;
+    const OTHER: u32 = 60_002;
+    let bench = Bench::with_parts("").await;
+    let owned = TunnelState { owner: Some(OWNER), ..Default::default() };
+    bench.service.tunnel.claim().unwrap().set(owned);
+    let (status, body) = bench.ask_as(OTHER, "DELETE", "/v1/credentials").await;
+    assert_eq!(status, 403);
+    assert!(body.contains("belongs to user 60001"), "{body}");
+    assert_eq!(bench.ask_as(OTHER, "GET", "/v1/status").await.0, 200);
+    assert_eq!(bench.ask_as(OWNER, "DELETE", "/v1/credentials").await.0, 204);
+}
+
+#[cfg(feature = "faults")]
+#[tokio::test]
+async fn the_listeners_survive_a_panic_of_the_part() {
+    let bench = Bench::begin(true).await;
+    let restarts = || bench.tree.snapshot().iter().map(|node| node.restarts).sum::<u64>();
+    assert!(bench.tree.inject("api", warren_actors::runtime::FaultKind::Panic));
+    let restarted = async {
+        while restarts() == 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(LIMIT, restarted).await.unwrap();
+    assert_eq!(bench.get("/healthz").await.0, 200);
+    assert_eq!(bench.get_tcp("/healthz", "localhost").await.0, 200);
 }
 
 #[cfg(feature = "faults")]

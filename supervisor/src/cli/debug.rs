@@ -5,7 +5,7 @@ use clap::Subcommand;
 use super::{
     Reach,
     api::Api,
-    exit::{Exit, Outcome},
+    exit::{Exit, Outcome, printable},
     status::table,
 };
 
@@ -37,7 +37,7 @@ pub(crate) async fn run(reach: Reach, args: Args) -> Outcome {
         What::Logs => {
             let logs = api.get("/v1/logs").await?;
             for line in logs.get("lines").and_then(|lines| lines.as_array()).into_iter().flatten() {
-                println!("{}", line.as_str().unwrap_or_default());
+                println!("{}", printable(line.as_str().unwrap_or_default()));
             }
         }
     }

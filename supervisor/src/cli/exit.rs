@@ -33,6 +33,11 @@ impl From<Exit> for ExitCode {
     }
 }
 
+/// Text as a terminal may be shown it: names and errors can come from elsewhere, and must not move the cursor.
+pub(crate) fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && !matches!(c, '\n' | '\t') { '?' } else { c }).collect()
+}
+
 /// Why a command failed, in words, and the exit status that says so.
 #[derive(Debug)]
 pub(crate) struct CliError {
@@ -44,7 +49,7 @@ pub(crate) struct CliError {
 impl CliError {
     /// An error that ends the command with `exit`.
     pub(crate) fn new(exit: Exit, message: impl fmt::Display) -> Self {
-        Self { exit, message: message.to_string() }
+        Self { exit, message: printable(&message.to_string()) }
     }
 
     /// A plain failure.

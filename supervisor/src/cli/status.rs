@@ -13,7 +13,7 @@ use warren_proto::vpn::{self, status::Lifecycle};
 
 use super::{
     Reach,
-    exit::{CliError, Exit, Outcome},
+    exit::{CliError, Exit, Outcome, printable},
     legb::ServiceClient,
 };
 
@@ -152,7 +152,7 @@ impl View {
     pub(crate) fn text(&self, now: SystemTime) -> String {
         let mut text = format!("Tunnel: {}\n", self.lifecycle());
         if !self.error().is_empty() {
-            text.push_str(&format!("Problem: {}\n", self.error()));
+            text.push_str(&format!("Problem: {}\n", printable(self.error())));
         }
         let rows: Vec<_> = self.agents().iter().map(|view| view.row(now)).collect();
         if !rows.is_empty() {
@@ -263,10 +263,12 @@ fn status_name(workspace: &vpn::Workspace) -> &'static str {
     }
 }
 
-/// Lays out rows in columns as wide as their widest cell.
+/// Lays out rows in columns as wide as their widest cell. Names come from elsewhere: a cell is one line.
 pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let head: Vec<String> = head.iter().map(|&cell| cell.to_owned()).collect();
-    let all = || std::iter::once(&head).chain(rows);
+    let cell = |cell: &String| printable(cell).replace(['\n', '\t'], " ");
+    let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(cell).collect()).collect();
+    let all = || std::iter::once(&head).chain(&rows);
     let widths: Vec<usize> = (0..head.len())
         .map(|column| {
             all().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
@@ -329,6 +331,12 @@ mod tests {
         assert_eq!(view(Lifecycle::Stopped, "refused").exit(), Exit::Unhealthy);
         assert_eq!(view(Lifecycle::Starting, "died").exit(), Exit::Unhealthy);
         assert_eq!(view(Lifecycle::Started, "").exit(), Exit::Ok);
+    }
+
+    #[test]
+    fn a_name_cannot_move_the_cursor() {
+        let row = vec!["dev\x1b[2J\r\nfake".to_owned()];
+        assert_eq!(table(&["AGENT"], &[row]), "AGENT\ndev?[2J? fake\n");
     }
 
     #[test]
