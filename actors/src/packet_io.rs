@@ -66,11 +66,7 @@ impl Part for PacketIo {
 
     async fn start(&self, context: &Context<Message>) -> Result<(), PartError> {
         self.attach_device()?;
-        let (mut map, me) = (self.net.network_map.view(), context.me.clone());
-        context.tasks.spawn(async move {
-            // The first round is the map as it stands.
-            while map.changed().await.is_some() && me.send(Message::MapChanged).await.is_ok() {}
-        });
+        context.follow(self.net.network_map.view(), || Message::MapChanged);
         Ok(())
     }
 

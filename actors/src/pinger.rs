@@ -102,11 +102,7 @@ impl Part for Pinger {
     type State = State;
 
     async fn start(&self, context: &Context<Message>) -> Result<State, PartError> {
-        let (mut map, me) = (self.net.network_map.view(), context.me.clone());
-        context.tasks.spawn(async move {
-            // The first round is the map as it stands.
-            while map.changed().await.is_some() && me.send(Message::PeersChanged).await.is_ok() {}
-        });
+        context.follow(self.net.network_map.view(), || Message::PeersChanged);
         let mut state = State {
             pings: Pings::new(Instant::now()),
             alarm: None,

@@ -7,7 +7,7 @@
 use std::{collections::BTreeMap, net::Ipv6Addr, sync::Arc, time::Duration};
 
 use metrics::{Gauge, gauge};
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::Instant;
 use uuid::Uuid;
 use warren_core::roster::{PingReport, Roster, Snapshot};
 use warren_observability::names;
@@ -106,21 +106,8 @@ impl Part for Registry {
     async fn start(&self, context: &Context<Message>) -> Result<State, PartError> {
         let peers = self.net.peers.claim()?;
         self.net.interface.claim()?.set_if_changed(Some(self.interface()));
-        let (mut workspaces, me) = (self.net.workspaces.view(), context.me.clone());
-        context.tasks.spawn(async move {
-            while workspaces.changed().await.is_some() && me.send(Message::WorkspacesChanged).await.is_ok() {}
-        });
-        let me = context.me.clone();
-        context.tasks.spawn(async move {
-            let mut ticks = interval(TICK);
-            ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
-            loop {
-                ticks.tick().await;
-                if me.send(Message::Tick).await.is_err() {
-                    return;
-                }
-            }
-        });
+        context.follow(self.net.workspaces.view(), || Message::WorkspacesChanged);
+        context.tick(TICK, || Message::Tick);
         let roster = Roster::restore(Snapshot::clone(&peers.get()));
         Ok(State { roster, peers, gauges: Gauges::default(), is_gathering: false, published_at: None })
     }

@@ -120,7 +120,9 @@ impl Part for RelayPart {
             is_measuring: false,
             gauges: BTreeMap::new(),
         };
-        self.watch(context);
+        context.follow(self.net.relay_map.view(), || Message::MapChanged);
+        context.follow(self.net.network_map.view(), || Message::MapChanged);
+        context.tick(TICK, || Message::Tick);
         Ok(state)
     }
 
@@ -175,28 +177,6 @@ impl RelayPart {
     fn seed(&self) -> u64 {
         let key = self.net.identity.node.public();
         key.0.first_chunk().map_or(0, |bytes| u64::from_be_bytes(*bytes))
-    }
-
-    fn watch(&self, context: &Context<Message>) {
-        let (mut map, me) = (self.net.relay_map.view(), context.me.clone());
-        context.tasks.spawn(async move {
-            while map.changed().await.is_some() && me.send(Message::MapChanged).await.is_ok() {}
-        });
-        let (mut map, me) = (self.net.network_map.view(), context.me.clone());
-        context.tasks.spawn(async move {
-            while map.changed().await.is_some() && me.send(Message::MapChanged).await.is_ok() {}
-        });
-        let me = context.me.clone();
-        context.tasks.spawn(async move {
-            let mut ticks = tokio::time::interval(TICK);
-            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-            loop {
-                ticks.tick().await;
-                if me.send(Message::Tick).await.is_err() {
-                    return;
-                }
-            }
-        });
     }
 
     fn take_maps(&self, context: &Context<Message>, state: &mut State) {

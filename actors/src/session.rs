@@ -26,7 +26,7 @@ use warren_proto::vpn::{self, manager_message, tunnel_message};
 use crate::{
     coordinator,
     facts::{Boot, HostState, Net, NetworkOwner},
-    runtime::{Address, Cell, CellWriter, Context, Part, PartError, Reply, View},
+    runtime::{Address, Cell, CellWriter, Context, Part, PartError, Reply},
 };
 
 pub mod log;
@@ -184,7 +184,7 @@ impl Part for Session {
         };
         self.deps.stream.redeliver();
         context.tasks.spawn(pump(self.deps.stream.clone(), context.me.clone()));
-        context.tasks.spawn(follow_net(self.deps.net.view(), context.me.clone()));
+        context.follow(self.deps.net.view(), || Message::NetChanged);
         Ok(state)
     }
 
@@ -222,14 +222,6 @@ async fn pump(stream: Arc<Stream>, me: Address<Message>) {
         }
         if !stream.admit(&mut inbox).await {
             let _ = me.send(Message::StreamEnded).await;
-            return;
-        }
-    }
-}
-
-async fn follow_net(mut nets: View<Option<Arc<Net>>>, me: Address<Message>) {
-    while nets.changed().await.is_some() {
-        if me.send(Message::NetChanged).await.is_err() {
             return;
         }
     }

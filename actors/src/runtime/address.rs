@@ -8,7 +8,10 @@ use arc_swap::ArcSwapOption;
 use ractor::ActorRef;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-use super::{Reply, part::Envelope};
+use super::{
+    Reply,
+    part::{Envelope, Fare},
+};
 
 /// How a part is reached, whichever incarnation of it runs at the moment.
 pub struct Address<M: Send + 'static> {
@@ -77,13 +80,24 @@ impl<M: Send + 'static> Address<M> {
     pub async fn send(&self, message: M) -> Result<(), SendError> {
         let down = SendError(self.shared.name);
         let credit = Arc::clone(&self.shared.credits).acquire_owned().await.map_err(|_| down)?;
-        self.deliver(message, credit).map_err(|_| down)
+        self.deliver(message, credit, None).map_err(|_| down)
+    }
+
+    /// Delivers `message`, waiting for a credit, and waits until it is handled or lost.
+    pub(super) async fn hand_over(&self, message: M) -> Result<(), SendError> {
+        let down = SendError(self.shared.name);
+        let credit = Arc::clone(&self.shared.credits).acquire_owned().await.map_err(|_| down)?;
+        let (handled, is_handled) = oneshot::channel();
+        self.deliver(message, credit, Some(handled)).map_err(|_| down)?;
+        // It is never sent: that it is dropped tells as much.
+        let _ = is_handled.await;
+        Ok(())
     }
 
     /// Delivers `message` at once or gives it back.
     pub fn try_send(&self, message: M) -> Result<(), TrySendError<M>> {
         match Arc::clone(&self.shared.credits).try_acquire_owned() {
-            Ok(credit) => self.deliver(message, credit).map_err(TrySendError::Down),
+            Ok(credit) => self.deliver(message, credit, None).map_err(TrySendError::Down),
             Err(_) => Err(TrySendError::Full(message)),
         }
     }
@@ -107,10 +121,16 @@ impl<M: Send + 'static> Address<M> {
         self.shared.actor.store(Some(Arc::new(actor)));
     }
 
-    fn deliver(&self, message: M, credit: OwnedSemaphorePermit) -> Result<(), M> {
+    fn deliver(
+        &self,
+        message: M,
+        credit: OwnedSemaphorePermit,
+        handled: Option<oneshot::Sender<()>>,
+    ) -> Result<(), M> {
         let actor = self.shared.actor.load();
         let Some(actor) = actor.as_ref() else { return Err(message) };
-        match actor.cast(Envelope::Message(message, credit)) {
+        let fare = Fare { _credit: credit, _handled: handled };
+        match actor.cast(Envelope::Message(message, fare)) {
             Ok(()) => Ok(()),
             Err(ractor::MessagingErr::SendErr(Envelope::Message(message, _))) => Err(message),
             Err(_) => unreachable_delivery(),

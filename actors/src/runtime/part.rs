@@ -8,17 +8,18 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SpawnErr};
 use tokio::{
     sync::{OwnedSemaphorePermit, oneshot},
     task::JoinHandle,
+    time::{MissedTickBehavior, interval},
 };
 use warren_observability::names;
 
-use super::{Address, Tasks};
+use super::{Address, Tasks, View};
 
 /// Why a part could not start or go on. Out of a handler it means "restart me".
 pub type PartError = Box<dyn std::error::Error + Send + Sync>;
@@ -64,13 +65,50 @@ pub struct Context<M: Send + 'static> {
     pub tasks: Tasks,
 }
 
-/// What travels to an actor: a message with its credit, or something for the shell itself.
+impl<M: Send + 'static> Context<M> {
+    /// Tells the part of the value in a cell: of the present one at once, and of a later one when it has
+    /// handled the one before. What changes meanwhile is told once, so that a burst costs no more than it must.
+    pub fn follow<T: Send + Sync + 'static>(
+        &self,
+        mut view: View<T>,
+        tell: impl Fn() -> M + Send + Sync + 'static,
+    ) {
+        let me = self.me.clone();
+        self.tasks.spawn(async move {
+            while view.changed().await.is_some() && me.hand_over(tell()).await.is_ok() {}
+        });
+    }
+
+    /// Tells the part that time passes: at once, and then every `period`. What it is too busy for is lost.
+    pub fn tick(&self, period: Duration, tell: impl Fn() -> M + Send + Sync + 'static) {
+        let me = self.me.clone();
+        self.tasks.spawn(async move {
+            let mut ticks = interval(period);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            loop {
+                ticks.tick().await;
+                if me.hand_over(tell()).await.is_err() {
+                    return;
+                }
+            }
+        });
+    }
+}
+
+/// What travels to an actor: a message with what it holds until it is handled, or something for the shell
+/// itself.
 pub(super) enum Envelope<M> {
-    Message(M, OwnedSemaphorePermit),
+    Message(M, Fare),
     Probe(oneshot::Sender<()>),
     TaskPanicked(String),
     #[cfg(feature = "faults")]
     Fault(FaultKind),
+}
+
+/// What a message holds until it is handled, or lost: its credit, and who waits for that moment.
+pub(super) struct Fare {
+    pub(super) _credit: OwnedSemaphorePermit,
+    pub(super) _handled: Option<oneshot::Sender<()>>,
 }
 
 /// A fault that tests force into a running part.
@@ -241,7 +279,7 @@ impl<P: Part> Actor for Shell<P> {
         incarnation: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match envelope {
-            Envelope::Message(message, _credit) => {
+            Envelope::Message(message, _fare) => {
                 let Some(state) = incarnation.state.as_mut() else { return Ok(()) };
                 let begun = Instant::now();
                 let handled = self.part.handle(&incarnation.context, state, message).await;
@@ -283,7 +321,7 @@ async fn suffer(kind: FaultKind) -> Result<(), ActorProcessingErr> {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::atomic::AtomicBool, time::Duration};
+    use std::sync::atomic::AtomicBool;
 
     use ractor::SupervisionEvent;
     use tokio::sync::{Notify, mpsc};
@@ -493,5 +531,49 @@ mod tests {
         assert!(unanswered.await.is_err());
         running.join.await.unwrap();
         assert!(running.hooks.probe().await.is_err());
+    }
+
+    /// Follows a cell, and is as slow as the test lets it be.
+    struct Follower {
+        cell: super::super::Cell<u32>,
+        seen: mpsc::Sender<u32>,
+        may_go_on: Arc<tokio::sync::Semaphore>,
+    }
+
+    impl Part for Follower {
+        type Message = ();
+        type State = ();
+
+        async fn start(&self, context: &Context<()>) -> Result<(), PartError> {
+            context.follow(self.cell.view(), || ());
+            Ok(())
+        }
+
+        async fn handle(&self, _: &Context<()>, _: &mut (), (): ()) -> Result<(), PartError> {
+            self.seen.send(*self.cell.get()).await?;
+            self.may_go_on.acquire().await?.forget();
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_follower_is_told_once_of_what_changes_while_it_is_busy() {
+        let (tell, _ended) = mpsc::channel(8);
+        let (supervisor, _) = Actor::spawn(None, Clerk(tell), ()).await.unwrap();
+        let (seen, mut values) = mpsc::channel(8);
+        let (cell, may_go_on) = (super::super::Cell::new(0), Arc::new(tokio::sync::Semaphore::new(0)));
+        let (followed, gate) = (cell.clone(), Arc::clone(&may_go_on));
+        let start = starter(Address::new("follower", 4), move || Follower {
+            cell: followed.clone(),
+            seen: seen.clone(),
+            may_go_on: Arc::clone(&gate),
+        });
+        let _running = start(supervisor.get_cell()).await.unwrap();
+        assert_eq!(values.recv().await, Some(0));
+        let writer = cell.claim().unwrap();
+        (1..=100).for_each(|value| writer.set(value));
+        may_go_on.add_permits(2);
+        assert_eq!(values.recv().await, Some(100));
+        assert!(tokio::time::timeout(Duration::from_millis(50), values.recv()).await.is_err());
     }
 }

@@ -40,10 +40,7 @@ impl Part for Host {
 
     async fn start(&self, context: &Context<Message>) -> Result<Self::State, PartError> {
         let state = self.net.host.claim()?;
-        let (mut wanted, me) = (self.net.interface.view(), context.me.clone());
-        context.tasks.spawn(async move {
-            while wanted.changed().await.is_some() && me.send(Message::Wanted).await.is_ok() {}
-        });
+        context.follow(self.net.interface.view(), || Message::Wanted);
         Ok(state)
     }
 

@@ -5,7 +5,7 @@ use std::{fs, os::unix::fs::PermissionsExt, path::Path, process::Command, time::
 use tempfile::TempDir;
 use tokio::runtime::Handle;
 use warren_actors::{
-    runtime::{Address, Cell},
+    runtime::Cell,
     speaker::{Speaker, descriptors::Descriptors},
 };
 use warren_proto::{
@@ -18,11 +18,11 @@ use super::*;
 use crate::{
     child::{ChildSpec, SupervisorSpec},
     config::Config,
-    facts::{Options, Peers},
+    facts::Options,
     host,
     intent::{Desired, Intent},
     paths::{Paths, Scope},
-    process::{LogRing, Slot, Spawner},
+    process::Spawner,
     tree::Tree,
 };
 
@@ -216,37 +216,23 @@ fn script(folder: &Path, mode: &str) -> std::path::PathBuf {
 }
 
 fn service(folder: &Path, program: std::path::PathBuf) -> Service {
-    Service {
-        paths: Paths {
-            scope: Scope::User,
-            runtime_dir: folder.to_owned(),
-            state_dir: folder.to_owned(),
-            config: folder.join("config.toml"),
-            config_is_named: false,
-        },
-        config: Config { tunnel_binary: Some(program), ..Config::default() },
-        options: Options {
-            with_device: false,
-            allow_faults: false,
-            version: "0.0.0",
-            uid: 0,
-            log_filter: "info".into(),
-            ca_file: None,
-        },
-        desired: Cell::new(Desired::default()),
-        tunnel: Cell::new(TunnelState::default()),
-        running: Cell::new(None),
-        peers: Cell::new(Peers::default()),
-        link: Cell::new(None),
-        device: Cell::new(None),
-        host: Cell::new(host::Applied::default()),
-        log: LogRing::default(),
-        spawner: Spawner::start(Handle::current()).unwrap(),
-        slot: Slot::default(),
-        intent: Address::new("intent", 8),
-        host_part: Address::new("host", 8),
-        tunnels: Address::new("tunnels", 64),
-    }
+    let paths = Paths {
+        scope: Scope::User,
+        runtime_dir: folder.to_owned(),
+        state_dir: folder.to_owned(),
+        config: folder.join("config.toml"),
+        config_is_named: false,
+    };
+    let options = Options {
+        with_device: false,
+        allow_faults: false,
+        version: "0.0.0",
+        uid: 0,
+        log_filter: "info".into(),
+        ca_file: None,
+    };
+    let config = Config { tunnel_binary: Some(program), ..Config::default() };
+    Service::new(paths, config, options, Spawner::start(Handle::current()).unwrap())
 }
 
 fn is_alive(pid: u32) -> bool {
