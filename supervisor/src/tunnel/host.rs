@@ -16,9 +16,7 @@ use crate::host::netlink;
 /// What the host part hears.
 #[derive(Debug)]
 pub(super) enum Message {
-    /// The interface should look otherwise; how is in the cell.
-    Wanted,
-    /// How setting it came out.
+    /// How setting the interface came out.
     Set(InterfaceConfig, Result<(), String>),
 }
 
@@ -40,25 +38,27 @@ impl Part for Host {
 
     async fn start(&self, context: &Context<Message>) -> Result<Self::State, PartError> {
         let state = self.net.host.claim()?;
-        context.follow(self.net.interface.view(), || Message::Wanted);
+        let (mut wanted, me) = (self.net.interface.view(), context.me.clone());
+        // One after the other: two that set the same route at the same time would refuse each other.
+        context.tasks.spawn(async move {
+            while let Some(config) = wanted.changed().await {
+                let Some(config) = config.as_ref().clone() else { continue };
+                let outcome = netlink::apply(DEVICE_NAME, &config).await.map_err(|error| error.to_string());
+                if me.send(Message::Set(config, outcome)).await.is_err() {
+                    return;
+                }
+            }
+        });
         Ok(state)
     }
 
     async fn handle(
         &self,
-        context: &Context<Message>,
+        _: &Context<Message>,
         state: &mut Self::State,
         message: Message,
     ) -> Result<(), PartError> {
         match message {
-            Message::Wanted => {
-                let Some(config) = self.net.interface.get().as_ref().clone() else { return Ok(()) };
-                let me = context.me.clone();
-                context.tasks.spawn(async move {
-                    let outcome = netlink::apply(DEVICE_NAME, &config).await;
-                    let _ = me.send(Message::Set(config, outcome.map_err(|error| error.to_string()))).await;
-                });
-            }
             Message::Set(config, Ok(())) => {
                 tracing::info!(device = DEVICE_NAME, mtu = config.mtu, "the interface is set");
                 state.set_if_changed(HostState { applied: Some(config), error: None });
