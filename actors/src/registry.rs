@@ -6,10 +6,10 @@
 
 use std::{collections::BTreeMap, net::Ipv6Addr, sync::Arc, time::Duration};
 
-use metrics::{Gauge, gauge};
+use metrics::{Gauge, counter, gauge};
 use tokio::time::Instant;
 use uuid::Uuid;
-use warren_core::roster::{PingReport, Roster, Snapshot};
+use warren_core::roster::{AgentEntry, PingReport, Roster, Snapshot};
 use warren_observability::names;
 use warren_proto::{key::NodePublic, vpn::workspace::Status};
 
@@ -127,7 +127,10 @@ impl Part for Registry {
                 self.publish(state);
             }
             Message::Pinged { agent, report } => {
+                let before = state.roster.snapshot().agents.get(&agent).map(connection_type);
                 if state.roster.set_ping(&agent, report) {
+                    let after = state.roster.snapshot().agents.get(&agent).map(connection_type);
+                    count_change(before, after);
                     self.gather(context, state);
                 }
             }
@@ -141,6 +144,23 @@ impl Part for Registry {
     }
 }
 
+/// How the last ping reached an agent, as metrics name it.
+pub fn connection_type(agent: &AgentEntry) -> &'static str {
+    match &agent.last_ping {
+        Some(ping) if ping.direct => "p2p",
+        Some(_) => "derp",
+        None => "none",
+    }
+}
+
+fn count_change(before: Option<&'static str>, after: Option<&'static str>) {
+    if let (Some(from), Some(to)) = (before, after)
+        && from != to
+    {
+        counter!(names::PATH_CHANGES, "from" => from, "to" => to).increment(1);
+    }
+}
+
 /// The handles of what the table shows in metrics, by label.
 #[derive(Default)]
 struct Gauges {
@@ -150,11 +170,7 @@ struct Gauges {
 
 impl Gauges {
     fn show(&mut self, snapshot: &Snapshot) {
-        let agents = snapshot.agents.values().map(|agent| match &agent.last_ping {
-            Some(ping) if ping.direct => "p2p",
-            Some(_) => "derp",
-            None => "none",
-        });
+        let agents = snapshot.agents.values().map(connection_type);
         let statuses = snapshot.workspaces.values().map(|workspace| status_label(workspace.status));
         set(&mut self.peers, names::PEERS, "connection_type", &["p2p", "derp", "none"], agents);
         set(&mut self.workspaces, names::WORKSPACES, "status", &["running"], statuses);

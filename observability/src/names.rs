@@ -95,8 +95,21 @@ families! {
     WORKSPACES = "warren_workspaces", Gauge, None, ["status"];
     /// Round trip of answered pings.
     PING_DURATION = "warren_ping_duration_seconds", Histogram, SECONDS, ["connection_type"];
+    /// Changes of the path by which pings reach an agent.
+    PATH_CHANGES = "warren_path_changes_total", Counter, None, ["from", "to"];
     /// Pings, by result.
     PINGS = "warren_pings_total", Counter, None, ["result"];
+
+    /// Latency of an agent's last answered ping (only with metrics_per_agent).
+    AGENT_PING_LATENCY = "warren_agent_ping_latency_seconds", Gauge, SECONDS, ["workspace_name", "agent_name", "connection_type"];
+    /// When WireGuard last completed a handshake with an agent, in Unix time (only with metrics_per_agent).
+    AGENT_LAST_HANDSHAKE = "warren_agent_last_handshake_timestamp_seconds", Gauge, SECONDS, ["workspace_name", "agent_name", "connection_type"];
+    /// Bytes of inner packets received from an agent (only with metrics_per_agent).
+    AGENT_RECEIVE_BYTES = "warren_agent_receive_bytes_total", Counter, BYTES, ["workspace_name", "agent_name", "connection_type"];
+    /// Bytes of inner packets sent to an agent (only with metrics_per_agent).
+    AGENT_TRANSMIT_BYTES = "warren_agent_transmit_bytes_total", Counter, BYTES, ["workspace_name", "agent_name", "connection_type"];
+    /// Agents without series of their own, because there are too many or their names are alike.
+    AGENTS_LEFT_OUT = "warren_agents_left_out", Gauge, None, [];
 
     /// Bytes of inner packets received from peers.
     RECEIVE_BYTES = "warren_receive_bytes_total", Counter, BYTES, ["path"];

@@ -34,6 +34,8 @@ pub enum MetricsListen {
 pub struct Config {
     /// Where metrics and health are served.
     pub metrics_listen: MetricsListen,
+    /// Whether each agent has metrics of its own.
+    pub metrics_per_agent: bool,
     /// Hosts that clients may name in `http://` URLs, besides loopback.
     pub allow_http_hosts: BTreeSet<String>,
     /// A second socket for leg B, for programs that expect it elsewhere.
@@ -54,6 +56,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             metrics_listen: MetricsListen::Address(METRICS_LISTEN),
+            metrics_per_agent: false,
             allow_http_hosts: BTreeSet::new(),
             extra_socket: None,
             ca_file: None,
@@ -102,6 +105,7 @@ pub enum ConfigError {
 #[serde(deny_unknown_fields, default)]
 struct File {
     metrics_listen: Option<String>,
+    metrics_per_agent: bool,
     allow_http_hosts: Vec<String>,
     extra_socket: Option<PathBuf>,
     ca_file: Option<PathBuf>,
@@ -178,6 +182,7 @@ fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
     }
     Ok(Config {
         metrics_listen,
+        metrics_per_agent: file.metrics_per_agent,
         allow_http_hosts,
         extra_socket: absolute("extra_socket", file.extra_socket)?,
         ca_file: absolute("ca_file", file.ca_file)?,
@@ -239,13 +244,14 @@ mod tests {
     #[test]
     fn every_key_is_understood() {
         let config = parsed(
-            "metrics_listen = \"[::1]:1\"\nallow_http_hosts = [\"Dev.Example\"]\nextra_socket = \"/run/x.sock\"\n\
+            "metrics_listen = \"[::1]:1\"\nmetrics_per_agent = true\nallow_http_hosts = [\"Dev.Example\"]\nextra_socket = \"/run/x.sock\"\n\
              ca_file = \"/ca.pem\"\ngroup = \"g\"\n[log]\nformat = \"json\"\nfilter = \"debug\"\n\
              [tunnel]\nbinary = \"/bin/tunnel\"\n",
         )
         .unwrap();
         let expected = Config {
             metrics_listen: MetricsListen::Address("[::1]:1".parse().unwrap()),
+            metrics_per_agent: true,
             allow_http_hosts: ["dev.example".to_owned()].into(),
             extra_socket: Some("/run/x.sock".into()),
             ca_file: Some("/ca.pem".into()),

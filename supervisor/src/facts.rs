@@ -106,6 +106,8 @@ pub struct Options {
     pub uid: u32,
     /// The tunnel's log directives.
     pub log_filter: String,
+    /// Whether each agent has metrics of its own.
+    pub agent_metrics: bool,
     /// Certificates to trust besides the system's.
     pub ca_file: Option<PathBuf>,
 }

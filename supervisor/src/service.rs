@@ -176,6 +176,7 @@ fn run(args: ServiceArgs) -> Result<u8, ServiceError> {
         version: args.version,
         uid,
         log_filter: log_options.filter,
+        agent_metrics: config.metrics_per_agent,
         ca_file: config.ca_file.clone(),
     };
     let runtime = runtime()?;

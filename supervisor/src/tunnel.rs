@@ -88,6 +88,8 @@ pub struct TunnelArgs {
     pub default_network: NetworkOwner,
     /// Whether faults may be forced into parts over the private link.
     pub allow_faults: bool,
+    /// Whether each agent has metrics of its own.
+    pub agent_metrics: bool,
     /// Certificates to trust besides the system's.
     pub ca_file: Option<PathBuf>,
     /// What is logged, and how.

@@ -122,6 +122,7 @@ impl Bench {
             version: "0.0.0",
             uid: rustix::process::geteuid().as_raw(),
             log_filter: "info".into(),
+            agent_metrics: false,
             ca_file: None,
         };
         let metrics = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

@@ -123,6 +123,7 @@ struct Flags {
     write: Option<i64>,
     no_device: bool,
     allow_faults: bool,
+    agent_metrics: bool,
     ca_file: Option<PathBuf>,
     format: Format,
     positional: Vec<String>,
@@ -159,6 +160,7 @@ fn parse(arguments: &[String], variable: impl Fn(&str) -> Option<OsString>) -> R
         link: from_environment.link,
         default_network: if flags.no_device { NetworkOwner::Nobody } else { NetworkOwner::Tunnel },
         allow_faults: flags.allow_faults,
+        agent_metrics: flags.agent_metrics,
         ca_file: flags.ca_file,
         logs: LogOptions { format: flags.format, filter },
         version: super::VERSION,
@@ -216,6 +218,7 @@ fn flags(arguments: &[String]) -> Result<Flags, String> {
             "--no-device" => flags.no_device = switch(name, given)?,
             #[cfg(feature = "lab")]
             "--allow-faults" => flags.allow_faults = switch(name, given)?,
+            "--agent-metrics" => flags.agent_metrics = switch(name, given)?,
             "--ca-file" => flags.ca_file = Some(value()?.into()),
             "--log-format" => {
                 let value = value()?;
@@ -315,13 +318,13 @@ mod tests {
 
     #[test]
     fn hidden_flags_are_for_our_own_service() {
-        let line =
-            "run --rpc-read-handle 3 --rpc-write-handle 4 --no-device --ca-file /ca.pem --log-format=json";
+        let line = "run --rpc-read-handle 3 --rpc-write-handle 4 --no-device --agent-metrics --ca-file /ca.pem --log-format=json";
         let args = run(line, &[("WARREN_LOG", "debug")]);
         assert_eq!(args.default_network, NetworkOwner::Nobody);
+        assert!(args.agent_metrics);
         assert_eq!(args.ca_file, Some(PathBuf::from("/ca.pem")));
         assert_eq!((args.logs.format, args.logs.filter.as_str()), (Format::Json, "debug"));
-        for word in ["no-device", "ca-file", "allow-faults", "LINK"] {
+        for word in ["no-device", "ca-file", "allow-faults", "agent-metrics", "LINK"] {
             assert!(!HELP.contains(word), "{word}");
         }
     }

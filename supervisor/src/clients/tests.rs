@@ -77,6 +77,7 @@ fn service(folder: &Path) -> Arc<Service> {
         version: "0.0.0",
         uid: rustix::process::geteuid().as_raw(),
         log_filter: "info".into(),
+        agent_metrics: false,
         ca_file: None,
     };
     let spawner = Spawner::start(tokio::runtime::Handle::current()).unwrap();

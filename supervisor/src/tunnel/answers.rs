@@ -6,10 +6,10 @@ use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 use uuid::Uuid;
 use warren_actors::{
     facts::{LinkState, Net, NetworkOwner, RelayLink},
-    pinger,
+    pinger, registry,
     runtime::Cell,
 };
-use warren_observability::exporter::Exporter;
+use warren_observability::{agents, exporter::Exporter};
 use warren_proto::link::{TunnelStatus, tunnel_status::Relay};
 
 use super::TunnelArgs;
@@ -31,6 +31,7 @@ pub(super) struct Own {
     net: Cell<Option<Arc<Net>>>,
     exporter: Exporter,
     allow_faults: bool,
+    agent_metrics: bool,
 }
 
 impl Own {
@@ -41,14 +42,19 @@ impl Own {
         exporter: Exporter,
         args: &TunnelArgs,
     ) -> Self {
-        Self { tree, net, exporter, allow_faults: args.allow_faults }
+        let TunnelArgs { allow_faults, agent_metrics, .. } = *args;
+        Self { tree, net, exporter, allow_faults, agent_metrics }
     }
 }
 
 impl Answers for Own {
     fn exposition(&self) -> String {
         self.tree.measure();
-        self.exporter.render()
+        let mut text = self.exporter.render();
+        if let (true, Some(net)) = (self.agent_metrics, self.net.get().as_ref()) {
+            text.push_str(&agent_metrics(net));
+        }
+        text
     }
 
     fn tree(&self) -> Vec<NodeInfo> {
@@ -82,6 +88,23 @@ impl Answers for Own {
             tracing::warn!(actor, kind, "a fault was asked for, which is not allowed here");
         }
     }
+}
+
+fn agent_metrics(net: &Net) -> String {
+    let (peers, map, stats) = (net.peers.get(), net.network_map.get(), net.data_plane.stats());
+    agents::render(peers.agents.iter().map(|(id, agent)| {
+        let workspace = peers.workspaces.get(&agent.workspace_id);
+        let stats = map.peers.get(id).and_then(|peer| stats.get(&peer.node_key)).copied().unwrap_or_default();
+        agents::Agent {
+            workspace: workspace.map_or("", |workspace| &workspace.name),
+            name: &agent.name,
+            connection_type: registry::connection_type(agent),
+            latency: agent.last_ping.as_ref().map(|ping| ping.latency),
+            last_handshake: agent.last_handshake,
+            received_bytes: stats.received_bytes,
+            sent_bytes: stats.sent_bytes,
+        }
+    }))
 }
 
 impl Own {

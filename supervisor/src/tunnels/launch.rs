@@ -139,6 +139,9 @@ where
         if options.allow_faults {
             arguments.push("--allow-faults".into());
         }
+        if options.agent_metrics {
+            arguments.push("--agent-metrics".into());
+        }
         if let Some(file) = &options.ca_file {
             arguments.extend(["--ca-file".into(), file.clone().into_os_string()]);
         }

@@ -229,6 +229,7 @@ fn service(folder: &Path, program: std::path::PathBuf) -> Service {
         version: "0.0.0",
         uid: 0,
         log_filter: "info".into(),
+        agent_metrics: false,
         ca_file: None,
     };
     let config = Config { tunnel_binary: Some(program), ..Config::default() };

@@ -216,6 +216,31 @@ const ROWS: &[Row] = &[
         ],
     ),
     (
+        "a READY from before our own stream ended is not meant for the node after it",
+        &[
+            WANTED,
+            (Node(1, 1), Same),
+            (Ready, Programmed),
+            (Handshake, Same),
+            (AllLost, Same),
+            (Node(2, 1), Absent),
+        ],
+    ),
+    (
+        "READY moments before another key is meant for it, also where the loss went unnoticed",
+        &[
+            WANTED,
+            (Ready, Same),
+            (Node(1, 1), Programmed),
+            (Pass(MINUTE), Same),
+            (Ready, Same),
+            (Pass(SECOND.saturating_mul(5)), Same),
+            (Node(2, 1), Programmed),
+            (Pass(MS), Same),
+            (Node(3, 1), Absent),
+        ],
+    ),
+    (
         "who was known before it is wanted waits from then on",
         &[(Node(1, 1), Programmed), (Wanted(true), Absent), (Pass(SECOND.saturating_mul(5)), Programmed)],
     ),
@@ -429,6 +454,16 @@ mod refusals {
     }
 
     #[test]
+    fn a_diff_that_comes_before_the_stream_does_not() {
+        let mut table = Table::connected();
+        table.want(&[1], Snapshot);
+        refuse(&mut table);
+        assert_eq!(table.want(&[1, 2], Diff), NOTHING);
+        assert_eq!(table.connect(), ["+2"]);
+        assert_eq!(table.coordination.poll_timeout(), None, "and no trial is planned");
+    }
+
+    #[test]
     fn nothing_is_tried_on_a_stream_that_was_refused_something() {
         let mut table = Table::connected();
         table.want(&[1, 2, 3], Snapshot);
@@ -437,6 +472,22 @@ mod refusals {
         assert_eq!(table.want(&[1, 2, 3], Snapshot), ["+1"]);
         table.error(REFUSAL);
         assert_eq!(requests(&table.happen(0, Pass(MINUTE))), NOTHING);
+    }
+
+    #[test]
+    fn a_trial_ends_with_its_stream_and_goes_on_with_the_next_snapshot() {
+        let mut table = Table::connected();
+        table.want(&[1, 2, 3], Snapshot);
+        refuse(&mut table);
+        table.connect();
+        assert_eq!(table.want(&[1, 2, 3], Snapshot), ["+1"]);
+        table.happen(1, Node(1, 1));
+        table.happen(0, AllLost);
+        assert_eq!(requests(&table.happen(0, Pass(MINUTE))), NOTHING, "there is no stream");
+        assert_eq!(table.connect(), ["+1"]);
+        assert_eq!(requests(&table.happen(0, Pass(MINUTE))), NOTHING, "no snapshot has listed them");
+        assert_eq!(table.want(&[1, 2, 3], Snapshot), ["+2"]);
+        assert_eq!(requests(&table.happen(0, Pass(2 * SECOND))), ["+3"]);
     }
 
     #[test]
@@ -451,7 +502,13 @@ mod refusals {
         table.happen(1, Node(1, 1));
         assert_eq!(table.coordination.refused().len(), 0);
         table.happen(1, AllLost);
-        assert_eq!(table.connect(), ["+1"], "granted: its refusals are forgotten");
+        assert_eq!(table.connect(), ["+1"]);
+        for _ in 0..2 {
+            refuse(&mut table);
+            table.connect();
+            assert_eq!(table.want(&[1], Snapshot), ["+1"], "granted: its refusals are forgotten");
+        }
+        assert_eq!(table.coordination.refused().len(), 0);
     }
 
     #[test]

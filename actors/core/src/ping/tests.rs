@@ -236,6 +236,29 @@ fn a_path_that_comes_up_hurries_only_those_that_do_not_answer() {
 }
 
 #[test]
+fn who_answered_once_and_then_fell_silent_is_hurried_by_a_path_again() {
+    let begin = Instant::now();
+    let mut pings = with_peers(begin, 1);
+    let first = sent(&mut pings, begin);
+    answer(&mut pings, &first[0], begin);
+    sent(&mut pings, begin + TICK);
+    let due = pings.handle_timeout(begin + TICK * 2, txid);
+    assert_eq!((due.timed_out.len(), due.pings.len()), (1, 1));
+    pings.handle_path_up(begin + TICK * 2 + MS * 300);
+    assert_eq!(sent(&mut pings, begin + TICK * 2 + MS * 300).len(), 1);
+}
+
+#[test]
+fn who_is_gone_before_its_burst_takes_no_place_in_it() {
+    let begin = Instant::now();
+    let mut pings = with_peers(begin, 300);
+    assert_eq!(sent(&mut pings, begin).len(), BURST, "the others wait for the next burst");
+    assert_eq!(set_peers(&mut pings, begin, &[(299, 1)]), NOBODY);
+    let next = sent(&mut pings, begin + BURST_PAUSE);
+    assert_eq!(next.iter().map(|ping| ping.agent).collect::<Vec<_>>(), [id(299)]);
+}
+
+#[test]
 fn an_agent_whose_ping_is_due_is_not_pinged_twice_for_whoever_hurries_it() {
     let begin = Instant::now();
     let mut pings = with_peers(begin, 1000);

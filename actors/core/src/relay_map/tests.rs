@@ -128,6 +128,7 @@ fn every_other_field_of_a_region_or_node_is_a_difference() {
         |it| it.avoid = true,
         |it| drop(it.nodes.pop()),
         |it| it.nodes.push(Node { name: "new".to_owned(), ..Node::default() }),
+        |it| it.nodes.push(it.nodes[0].clone()),
     ];
     const NODE: &[fn(&mut Node)] = &[
         |it| it.name.push('x'),
@@ -227,8 +228,8 @@ mod json {
 
     #[test]
     fn keys_are_read_without_regard_to_case_and_an_exact_one_wins() {
-        let text =
-            r#"{"REGIONS":{"1":{"regionname":"wrong","RegionName":"right","nodes":[{"derpport":5}]}}}"#;
+        let text = r#"{"REGIONS":{"1":{"REGIONNAME":"wrong","RegionName":"right","regionname":"wrong",
+            "nodes":[{"derpport":5}]}}}"#;
         let map = RelayMap::from_json(text.as_bytes()).unwrap();
         assert_eq!(map.region_name(Some(RegionId(1))), "right");
         assert_eq!(map.regions[&RegionId(1)].nodes[0].derp_port, 5);
@@ -240,7 +241,7 @@ mod json {
             ("{}", "coder"),
             (r#"{"hostname_suffix":""}"#, "coder"),
             (r#"{"hostname_suffix":null}"#, "coder"),
-            (r#"{"hostname_suffix":"..."}"#, "coder"),
+            (r#"{"hostname_suffix":"...","derp_map":null}"#, "coder"),
             (r#"{"hostname_suffix":".dev.example."}"#, "dev.example"),
         ];
         for (text, suffix) in rows {
