@@ -4,7 +4,7 @@
 //! It only controls; packets move in the data plane's tasks ([`crate::data_plane`]), which go on when this
 //! part crashes. Its successor finds the device in place and reconciles.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use warren_proto::key::NodePublic;
 
@@ -23,11 +23,16 @@ use tun::{Tun, TunError};
 /// The interface that a tunnel makes for itself when it owns the network.
 pub const DEVICE_NAME: &str = "warren0";
 
+/// How often it is looked whether the device is still there: more often than the budget forgives.
+const LOOK_PERIOD: Duration = Duration::from_secs(2);
+
 /// What packet I/O hears.
 #[derive(Debug)]
 pub enum Message {
     /// The network map changed; which one is in the cell.
     MapChanged,
+    /// It is time to look whether the device is still there.
+    Look,
     /// Asks what there is to say about each peer.
     Stats {
         /// Where the answer goes.
@@ -44,6 +49,10 @@ impl PacketIo {
     /// For one Boot.
     pub fn new(net: Arc<Net>) -> Self {
         Self { net }
+    }
+
+    fn has_lost_its_device(&self) -> bool {
+        self.net.boot.network != NetworkOwner::Nobody && !self.net.data_plane.has_tun()
     }
 
     fn attach_device(&self) -> Result<(), TunError> {
@@ -67,6 +76,7 @@ impl Part for PacketIo {
     async fn start(&self, context: &Context<Message>) -> Result<(), PartError> {
         self.attach_device()?;
         context.follow(self.net.network_map.view(), || Message::MapChanged);
+        context.tick(LOOK_PERIOD, || Message::Look);
         Ok(())
     }
 
@@ -78,6 +88,9 @@ impl Part for PacketIo {
                 // Pings to peers that were not here yet went nowhere; if this is lost, they are repeated soon.
                 let _ = self.net.pinger.try_send(pinger::Message::PathUp);
             }
+            // A restart attaches it again; one that cannot be had spends the budget, and the process says so.
+            Message::Look if self.has_lost_its_device() => return Err("the device is gone".into()),
+            Message::Look => {}
             Message::Stats { reply } => drop(reply.send(self.net.data_plane.stats())),
         }
         Ok(())

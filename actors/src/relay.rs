@@ -95,6 +95,7 @@ pub struct State {
     generation: u64,
     measured_at: Option<Instant>,
     is_measuring: bool,
+    measuring: Option<tokio::task::JoinHandle<Option<()>>>,
     gauges: BTreeMap<RegionId, Gauges>,
 }
 
@@ -118,6 +119,7 @@ impl Part for RelayPart {
             generation: 0,
             measured_at: None,
             is_measuring: false,
+            measuring: None,
             gauges: BTreeMap::new(),
         };
         context.follow(self.net.relay_map.view(), || Message::MapChanged);
@@ -187,8 +189,12 @@ impl RelayPart {
             state.homes.handle_map(&state.map);
         }
         self.settle(state);
-        if has_changed {
+        if has_changed && state.measured_at.is_none_or(|at| at.elapsed() >= LEAST_MEASURE_PERIOD) {
             self.measure(context, state);
+        } else if has_changed {
+            // A deployment that changes its map all the time is measured at the next tick.
+            state.measured_at = None;
+            state.is_measuring = false;
         }
     }
 
@@ -233,12 +239,16 @@ impl RelayPart {
             .relay_regions()
             .filter(|region| wanted.contains(&region.id))
             .partition(|region| home == Some(region.id));
-        for region in homes.into_iter().chain(others).take(MAX_LINKS) {
+        let kept: Vec<&Region> = homes.into_iter().chain(others).take(MAX_LINKS).collect();
+        for region in &kept {
             self.net.data_plane.ensure_link(self.target(region));
         }
-        for (id, info) in self.net.data_plane.links() {
+        let links = self.net.data_plane.links();
+        let are_too_many = links.len() > MAX_LINKS;
+        for (id, info) in links {
             let is_relay = state.map.relay_regions().any(|region| region.id == id);
-            if !is_relay || (!wanted.contains(&id) && info.idle >= IDLE_LIMIT) {
+            let is_surplus = are_too_many && !kept.iter().any(|region| region.id == id);
+            if !is_relay || is_surplus || (!wanted.contains(&id) && info.idle >= IDLE_LIMIT) {
                 self.net.data_plane.close_link(id);
             }
         }
@@ -303,14 +313,20 @@ impl RelayPart {
         state.is_measuring = true;
         let (generation, me) = (state.generation, context.me.clone());
         let dialer = Arc::clone(self.net.data_plane.dialer());
-        context.tasks.spawn(async move {
-            let hand_over = |stage, report| {
-                let me = me.clone();
-                // A part that is down measures anew when it is back.
-                async move { me.send(Message::Measured { generation, stage, report }).await.unwrap_or_default() }
-            };
-            latency::measure(&dialer, probes, hand_over).await;
-        });
+        let measuring =
+            context.tasks.spawn(async move {
+                let hand_over = |stage, report| {
+                    let me = me.clone();
+                    // A part that is down measures anew when it is back.
+                    async move {
+                        me.send(Message::Measured { generation, stage, report }).await.unwrap_or_default()
+                    }
+                };
+                latency::measure(&dialer, probes, hand_over).await;
+            });
+        if let Some(predecessor) = state.measuring.replace(measuring) {
+            predecessor.abort();
+        }
     }
 }
 

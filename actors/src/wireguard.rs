@@ -367,7 +367,9 @@ impl Boring {
         let is_young = self.established.is_some_and(|at| now.saturating_duration_since(at) < REKEY_AFTER);
         let was_idle = now.saturating_duration_since(self.last_received) >= SILENCE_BEFORE_HOLD;
         let is_patient = now.saturating_duration_since(unanswered_since) < UNANSWERED_LIMIT;
-        is_young && was_idle && is_patient && !self.is_initiating
+        // boringtun's clock goes on while the machine sleeps; ours does not.
+        let is_alive = self.tunnel.time_since_last_handshake().is_some_and(|age| age < REKEY_AFTER);
+        is_young && is_alive && was_idle && is_patient && !self.is_initiating
     }
 
     fn keep_alive(&mut self, now: Instant, out: &mut [u8]) -> Ticked {

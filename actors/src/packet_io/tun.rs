@@ -163,6 +163,10 @@ impl Tun {
         let room = prefix + MAX_FRAME;
         let room = buffer.get_mut(..room).ok_or(io::ErrorKind::InvalidInput)?;
         let read = rustix::io::read(&self.descriptor, &mut *room)?;
+        if read == 0 {
+            // No device: a socket or a pipe whose other end is closed.
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
         let len = read.checked_sub(prefix).ok_or(io::ErrorKind::InvalidData)?;
         let header = room.get(prefix.saturating_sub(VIRTIO_LEN)..).and_then(<[u8]>::first_chunk);
         let virtio = header.filter(|_| self.framing.virtio).map(Virtio::decode).unwrap_or_default();

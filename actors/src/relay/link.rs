@@ -55,6 +55,8 @@ const PONG_LIMIT: Duration = Duration::from_secs(3);
 const SILENCE_LIMIT: Duration = Duration::from_secs(120);
 /// How often silence is looked at.
 const WATCH_PERIOD: Duration = Duration::from_millis(500);
+/// From one logged problem of a relay to the next.
+const COMPLAINT_PAUSE: Duration = Duration::from_secs(10);
 /// A session that lived so long was a good one: the next back-off begins anew.
 const GOOD_SESSION: Duration = Duration::from_secs(5);
 /// The longest pause between two attempts.
@@ -106,6 +108,7 @@ pub(crate) struct Link {
     /// Microseconds since `made`: coarser, an answer would seem to be as old as its question.
     used: AtomicU64,
     heard: AtomicU64,
+    complained: AtomicU64,
     probe: Notify,
     token: CancellationToken,
 }
@@ -123,6 +126,7 @@ impl Link {
             made: tokio::time::Instant::now(),
             used: AtomicU64::new(0),
             heard: AtomicU64::new(0),
+            complained: AtomicU64::new(0),
             probe: Notify::new(),
             token,
         }
@@ -173,8 +177,14 @@ impl Link {
     pub(crate) fn prefer(&self, is_preferred: bool) {
         let was_preferred = self.is_preferred.swap(is_preferred, Ordering::Relaxed);
         if was_preferred != is_preferred && self.is_up() {
-            let _ = self.outgoing.control(&Frame::NotePreferred(is_preferred).encode());
+            self.tell_preference();
         }
+    }
+
+    /// The last word counts: what was chosen while we logged in comes after what the login said.
+    fn tell_preference(&self) {
+        let is_preferred = self.is_preferred.load(Ordering::Relaxed);
+        let _ = self.outgoing.control(&Frame::NotePreferred(is_preferred).encode());
     }
 
     /// The queue, to seal packets in. Whoever did calls [`Self::wake`].
@@ -201,6 +211,17 @@ impl Link {
 
     fn now(&self) -> Duration {
         self.made.elapsed()
+    }
+
+    /// Whether a problem may be logged: a relay that repeats itself must not fill the log.
+    fn may_complain(&self) -> bool {
+        let now = micros(self.now()).max(1);
+        let last = self.complained.load(Ordering::Relaxed);
+        let is_due = last == 0 || now.saturating_sub(last) >= micros(COMPLAINT_PAUSE);
+        if is_due {
+            self.complained.store(now, Ordering::Relaxed);
+        }
+        is_due
     }
 
     fn note_heard(&self) {
@@ -257,10 +278,14 @@ pub(crate) async fn serve(plane: Arc<Plane>, link: Arc<Link>) {
     let mut failures = 0;
     loop {
         link.become_state(&plane, RelayLink::Dialing);
-        let begun = Instant::now();
+        let mut up_since = None;
         let error = match connect(&plane, &link).await {
-            Ok((stream, frames)) => {
+            Ok(LoggedIn { stream, frames, said_preferred }) => {
+                up_since = Some(Instant::now());
                 link.become_state(&plane, RelayLink::Up { since: SystemTime::now() });
+                if link.is_preferred.load(Ordering::Relaxed) != said_preferred {
+                    link.tell_preference();
+                }
                 tracing::info!(region = %link.region(), "a relay link is up");
                 plane.link_up(&link);
                 let Err(error) = run(&plane, &link, stream, frames).await;
@@ -275,10 +300,12 @@ pub(crate) async fn serve(plane: Arc<Plane>, link: Arc<Link>) {
         link.has_lost.store(true, Ordering::Relaxed);
         link.become_state(&plane, RelayLink::Down { error: error.to_string() });
         plane.forget_routes(link.region());
-        failures = if begun.elapsed() >= GOOD_SESSION { 1 } else { failures + 1 };
+        let was_good = up_since.is_some_and(|since| since.elapsed() >= GOOD_SESSION);
+        failures = if was_good { 1 } else { failures + 1 };
+        let pause = pause(failures, rand::random());
         let pause = match error {
-            LinkError::Restarting(pause) => pause.min(MAX_RESTART_PAUSE),
-            _ => pause(failures, rand::random()),
+            LinkError::Restarting(asked) => asked.min(MAX_RESTART_PAUSE).max(pause),
+            _ => pause,
         };
         tracing::info!(region = %link.region(), %error, ?pause, "a relay link is down");
         tokio::select! {
@@ -294,13 +321,20 @@ fn pause(failures: u32, random: f64) -> Duration {
     base.min(MAX_PAUSE).mul_f64(0.5 + random).min(MAX_PAUSE)
 }
 
-/// A connection that is logged in, and what of it was read already.
-async fn connect(plane: &Plane, link: &Link) -> Result<(TokioIo<Upgraded>, Frames), LinkError> {
+/// A connection that is logged in, what of it was read already, and what the login said of our home.
+struct LoggedIn {
+    stream: TokioIo<Upgraded>,
+    frames: Frames,
+    said_preferred: bool,
+}
+
+async fn connect(plane: &Plane, link: &Link) -> Result<LoggedIn, LinkError> {
     let attempt = async {
         let stream = upgrade(plane, &link.target).await?;
         let mut stream = TokioIo::new(stream);
-        let frames = log_in(plane, link, &mut stream).await?;
-        Ok((stream, frames))
+        let said_preferred = link.is_preferred.load(Ordering::Relaxed);
+        let frames = log_in(plane, link, said_preferred, &mut stream).await?;
+        Ok(LoggedIn { stream, frames, said_preferred })
     };
     timeout(CONNECT_LIMIT, attempt).await.unwrap_or(Err(LinkError::Login(CONNECT_LIMIT)))
 }
@@ -331,7 +365,12 @@ async fn upgrade_at(plane: &Plane, node: &Node, headers: &Headers) -> Result<Upg
 }
 
 /// Logs in (tailnet-data 3.2).
-async fn log_in<S>(plane: &Plane, link: &Link, stream: &mut S) -> Result<Frames, LinkError>
+async fn log_in<S>(
+    plane: &Plane,
+    link: &Link,
+    is_preferred: bool,
+    stream: &mut S,
+) -> Result<Frames, LinkError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -342,7 +381,7 @@ where
     let shared = plane.node.shared(&server);
     let info = ClientInfo::OURS.seal(&shared, &random());
     let mut hello = Frame::ClientInfo(plane.node_public, &info).encode();
-    if link.is_preferred.load(Ordering::Relaxed) {
+    if is_preferred {
         hello.extend(Frame::NotePreferred(true).encode());
     }
     stream.write_all(&hello).await?;
@@ -405,13 +444,20 @@ where
     loop {
         // What the login read beyond itself comes first.
         link.note_heard();
-        while let Some(frame) = frames.next()? {
-            match frame {
-                Incoming::Packet(packet) => inbound.add(packet),
-                other => react(plane, link, &frames, other)?,
+        let outcome = loop {
+            match frames.next() {
+                Ok(Some(Incoming::Packet(packet))) => inbound.add(packet),
+                Ok(Some(other)) => match react(plane, link, &frames, other) {
+                    Ok(()) => {}
+                    Err(error) => break Err(error),
+                },
+                Ok(None) => break Ok(()),
+                Err(error) => break Err(error.into()),
             }
-        }
+        };
+        // What arrived whole before an end is delivered.
         inbound.receive(plane, link, frames.bytes(), Instant::now());
+        outcome?;
         // The writer, the TUN and the other links get their turn between two batches.
         tokio::task::yield_now().await;
         fill(&mut stream, &mut frames).await?;
@@ -428,7 +474,7 @@ fn react(plane: &Plane, link: &Link, frames: &Frames, frame: Incoming) -> Result
         }
         Incoming::Health(text) => {
             let problem = frames.text(text);
-            if !problem.is_empty() {
+            if !problem.is_empty() && link.may_complain() {
                 tracing::warn!(region = %link.region(), problem, "the relay reports a problem");
             }
         }
