@@ -95,7 +95,6 @@ pub struct Coordinator {
 pub struct State {
     shared: Arc<Shared>,
     link: Link,
-    auth_valid: Gauge,
     backoff: Backoff,
     proven_at: Option<Instant>,
     attempt: JoinHandle<Option<()>>,
@@ -108,7 +107,6 @@ struct Shared {
     peers: Peers,
     relay_map: CellWriter<RelayMap>,
     workspaces: CellWriter<Workspaces>,
-    last_update: Gauge,
     /// Told when the machine woke up.
     wake: Notify,
     /// Cancelled when the part is stopped: leave in order.
@@ -129,7 +127,6 @@ impl Part for Coordinator {
             attempt: attempt(context, &shared, Begin::AtOnce),
             shared,
             link,
-            auth_valid: gauge!(names::AUTH_VALID),
             backoff: Backoff::new(floor, cap, factor, JITTER),
             proven_at: None,
         })
@@ -146,7 +143,7 @@ impl Part for Coordinator {
             Message::Report { attempt, event } if attempt == self.memory.lock().attempts => match event {
                 Event::Accepted => {
                     self.memory.lock().was_accepted = true;
-                    state.auth_valid.set(1.0);
+                    gauge!(names::AUTH_VALID).set(1.0);
                 }
                 Event::Proven => {
                     tracing::info!("the control connection is up");
@@ -190,7 +187,7 @@ impl Coordinator {
             self.memory.lock().resume = None;
         }
         if error.requires_sign_in() {
-            state.auth_valid.set(0.0);
+            gauge!(names::AUTH_VALID).set(0.0);
         }
         let was_steady = state.proven_at.take().is_some_and(|at| at.elapsed() >= STEADY_AFTER);
         if was_steady && !error.is_likely_to_repeat() {
@@ -236,7 +233,6 @@ impl Shared {
             peers: Peers::new(Arc::clone(net), Arc::clone(memory))?,
             relay_map: net.relay_map.claim()?,
             workspaces: net.workspaces.claim()?,
-            last_update: gauge!(names::CONTROL_LAST_UPDATE),
             wake: Notify::new(),
             stop: CancellationToken::new(),
             net: Arc::clone(net),
@@ -246,7 +242,7 @@ impl Shared {
 
     fn note_update(&self) {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        self.last_update.set(since.as_secs_f64());
+        gauge!(names::CONTROL_LAST_UPDATE).set(since.as_secs_f64());
     }
 
     fn take_introduction(&self, username: String, info: ConnectionInfo) {

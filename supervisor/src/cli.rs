@@ -108,7 +108,10 @@ pub(crate) fn run() -> ExitCode {
 }
 
 fn report(error: CliError) -> Exit {
-    eprintln!("warren: {error}");
+    let text = error.to_string();
+    if !text.is_empty() {
+        eprintln!("warren: {text}");
+    }
     error.exit
 }
 

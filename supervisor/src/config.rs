@@ -216,15 +216,13 @@ fn metrics_listen(text: &str) -> Result<MetricsListen, &'static str> {
     Ok(MetricsListen::Address(address))
 }
 
-/// What is logged and how: the command line first, then the file. The command line's defaults count as
-/// not given.
-pub fn log_options(flag_format: Format, flag_filter: &str, config: &Config) -> LogOptions {
+/// What is logged and how: the command line first, then the file.
+pub fn log_options(format: Option<Format>, filter: Option<String>, config: &Config) -> LogOptions {
     const DEFAULT_FILTER: &str = "info";
-    let format = if flag_format == Format::default() { config.log_format } else { None };
-    let filter = if flag_filter == DEFAULT_FILTER { config.log_filter.clone() } else { None };
+    let filter = filter.filter(|filter| !filter.is_empty()).or_else(|| config.log_filter.clone());
     LogOptions {
-        format: format.unwrap_or(flag_format),
-        filter: filter.unwrap_or_else(|| flag_filter.to_owned()),
+        format: format.or(config.log_format).unwrap_or_default(),
+        filter: filter.unwrap_or_else(|| DEFAULT_FILTER.to_owned()),
     }
 }
 
@@ -292,8 +290,12 @@ mod tests {
     fn the_command_line_comes_before_the_file() {
         let config =
             Config { log_filter: Some("warn".into()), log_format: Some(Format::Json), ..Config::default() };
-        assert_eq!(log_options(Format::Text, "info", &config).filter, "warn");
-        assert_eq!(log_options(Format::Text, "trace", &config).filter, "trace");
-        assert_eq!(log_options(Format::Text, "info", &config).format, Format::Json);
+        let options = |format, filter: Option<&str>, config: &Config| {
+            let options = log_options(format, filter.map(str::to_owned), config);
+            (options.format, options.filter)
+        };
+        assert_eq!(options(None, None, &config), (Format::Json, "warn".to_owned()));
+        assert_eq!(options(Some(Format::Text), Some("info"), &config), (Format::Text, "info".to_owned()));
+        assert_eq!(options(None, None, &Config::default()), (Format::Text, "info".to_owned()));
     }
 }

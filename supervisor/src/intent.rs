@@ -186,6 +186,10 @@ pub fn load(state_dir: &Path) -> Desired {
             Desired { up: file.up, order: Some(Arc::new(order)) }
         }
         Ok(None) => Desired::default(),
+        Err(error) if !matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::FileTooLarge) => {
+            tracing::error!(%error, path = %path.display(), "the stored intent cannot be read; nothing is started, and the file is left as it is");
+            Desired::default()
+        }
         Err(error) => {
             let aside = path.with_extension("json.bad");
             tracing::warn!(%error, path = %path.display(), "the stored intent is not understood; it is set aside, and nothing is started");

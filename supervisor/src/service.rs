@@ -81,9 +81,9 @@ pub struct ServiceArgs {
     /// An inherited listener for metrics and health.
     pub metrics_fd: Option<RawFd>,
     /// How log lines look.
-    pub log_format: Format,
+    pub log_format: Option<Format>,
     /// What is logged.
-    pub log_filter: String,
+    pub log_filter: Option<String>,
     /// Whether to run without a device.
     pub no_tun: bool,
     /// Whether faults may be forced into parts.
@@ -149,7 +149,7 @@ fn run(args: ServiceArgs) -> Result<u8, ServiceError> {
     let config = config::load(&paths.config, paths.config_is_named)?;
     let listen = args.metrics_listen.as_deref().map_or(Ok(config.metrics_listen), config::metrics_flag)?;
     let inherited = args.metrics_fd.map(sockets::inherited).transpose()?;
-    let log_options = config::log_options(args.log_format, &args.log_filter, &config);
+    let log_options = config::log_options(args.log_format, args.log_filter, &config);
     // While there is one thread, and before anything secret is read.
     let gains = if config.tunnel_binary.is_some() { Gains::Foreign } else { Gains::Never };
     let failed = hardening::harden(gains);

@@ -21,16 +21,23 @@ pub(super) async fn forget(
     State(shared): State<Arc<Shared>>,
     Extension(caller): Extension<Caller>,
 ) -> Result<StatusCode, Refusal> {
+    may_control(&caller, &shared.service).map_err(Refusal::forbidden)?;
+    // A task of its own: a client that does not wait for the end must not keep the token on the disk.
+    let work = tokio::spawn(async move { end_and_forget(&shared, caller).await });
+    work.await.map_err(|_| Refusal::failed("a fault in the service; try again"))?
+}
+
+async fn end_and_forget(shared: &Shared, caller: Caller) -> Result<StatusCode, Refusal> {
     let service = &shared.service;
-    may_control(&caller, service).map_err(Refusal::forbidden)?;
     let stopped = service.tunnels.ask(STOP_LIMIT, |reply| tunnels::Message::Stop { caller, reply }).await;
+    // Whether or not it ends: what is not wanted is not to be known any more.
+    let forgotten = service.intent.ask(STORE_LIMIT, |reply| intent::Message::Forget { reply }).await;
+    let forgotten = forgotten.map_err(|error| Refusal::failed(error.to_string()))?;
+    forgotten.map_err(|error| Refusal::failed(error.to_string()))?;
     let stopped = stopped.map_err(|error| Refusal::failed(error.to_string()))?;
     if !stopped.success {
         return Err(Refusal::failed(stopped.error_message));
     }
-    let forgotten = service.intent.ask(STORE_LIMIT, |reply| intent::Message::Forget { reply }).await;
-    let forgotten = forgotten.map_err(|error| Refusal::failed(error.to_string()))?;
-    forgotten.map_err(|error| Refusal::failed(error.to_string()))?;
     service.log.clear();
     Ok(StatusCode::NO_CONTENT)
 }

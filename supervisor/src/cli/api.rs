@@ -17,6 +17,9 @@ use super::{
 /// Limit of one plain request.
 const LIMIT: Duration = Duration::from_secs(10);
 
+/// Limit of forgetting: above what ending the tunnel takes at worst.
+const FORGET_LIMIT: Duration = Duration::from_secs(35);
+
 /// Largest answer that is read whole, in bytes.
 const MAX_ANSWER: usize = 8 << 20;
 
@@ -44,7 +47,8 @@ impl Api {
 
     /// Makes the service forget its copy of the token.
     pub(crate) async fn erase_credentials(&self) -> Result<(), CliError> {
-        limited(self.send(Method::DELETE, "/v1/credentials")).await.map(drop)
+        // The tunnel ends first, which can take its whole ladder.
+        within(FORGET_LIMIT, self.send(Method::DELETE, "/v1/credentials")).await.map(drop)
     }
 
     /// Follows a stream of JSON lines.
@@ -133,7 +137,13 @@ async fn read(answer: Response<Incoming>) -> Result<Bytes, CliError> {
 }
 
 async fn limited<T>(request: impl Future<Output = Result<T, CliError>>) -> Result<T, CliError> {
-    let late =
-        || CliError::new(Exit::Timeout, format!("the service did not answer within {} s", LIMIT.as_secs()));
-    timeout(LIMIT, request).await.unwrap_or_else(|_| Err(late()))
+    within(LIMIT, request).await
+}
+
+async fn within<T>(
+    limit: Duration,
+    request: impl Future<Output = Result<T, CliError>>,
+) -> Result<T, CliError> {
+    let late = || CliError::new(Exit::Timeout, format!("the service did not answer within {limit:?}"));
+    timeout(limit, request).await.unwrap_or_else(|_| Err(late()))
 }

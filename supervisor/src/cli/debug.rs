@@ -5,12 +5,19 @@ use clap::Subcommand;
 use super::{
     Reach,
     api::Api,
-    exit::{Exit, Outcome, printable},
+    exit::{Exit, Outcome, printable, say},
     status::table,
 };
 
+const EXAMPLES: &str = "\
+Examples:
+  warren debug tree           who runs, since when, how often restarted, and why
+  warren debug tree --json | jq '.processes[].pid'
+  warren debug logs           the last lines of the tunnel process";
+
 /// Look inside the service
 #[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
     #[command(subcommand)]
     what: What,
@@ -32,12 +39,12 @@ enum What {
 pub(crate) async fn run(reach: Reach, args: Args) -> Outcome {
     let api = Api::new(&reach);
     match args.what {
-        What::Tree { json: true } => println!("{}", api.get("/v1/tree").await?),
-        What::Tree { json: false } => print!("{}", tree_text(&api.get("/v1/tree").await?)),
+        What::Tree { json: true } => say(api.get("/v1/tree").await?)?,
+        What::Tree { json: false } => say(tree_text(&api.get("/v1/tree").await?).trim_end())?,
         What::Logs => {
             let logs = api.get("/v1/logs").await?;
             for line in logs.get("lines").and_then(|lines| lines.as_array()).into_iter().flatten() {
-                println!("{}", printable(line.as_str().unwrap_or_default()));
+                say(printable(line.as_str().unwrap_or_default()))?;
             }
         }
     }

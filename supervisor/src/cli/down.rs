@@ -10,11 +10,17 @@ use super::{
     legb::ServiceClient,
 };
 
-/// Above the whole stop ladder of the service.
-const LIMIT: Duration = Duration::from_secs(20);
+/// Above what the service takes at worst.
+const LIMIT: Duration = Duration::from_secs(30);
+
+const EXAMPLES: &str = "\
+Examples:
+  warren down            ends the tunnel; `warren up` needs no new login
+  warren logout          also forgets the token, here and in the service";
 
 /// Disconnect; the token is kept
 #[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Args {}
 
 /// Disconnects.

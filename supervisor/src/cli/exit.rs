@@ -1,7 +1,7 @@
 //! Exit codes, and errors that carry one. Data goes to stdout; what went wrong, with what to do about
 //! it, goes to stderr as one line.
 
-use std::{fmt, process::ExitCode};
+use std::{fmt, io::Write, process::ExitCode};
 
 /// What the exit status of a command says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +31,11 @@ impl From<Exit> for ExitCode {
     fn from(exit: Exit) -> Self {
         Self::from(exit as u8)
     }
+}
+
+/// Writes one line of data.
+pub(crate) fn say(line: impl fmt::Display) -> std::io::Result<()> {
+    writeln!(std::io::stdout().lock(), "{line}")
 }
 
 /// Text as a terminal may be shown it: names and errors can come from elsewhere, and must not move the cursor.
@@ -68,7 +73,10 @@ impl std::error::Error for CliError {}
 
 impl From<std::io::Error> for CliError {
     fn from(error: std::io::Error) -> Self {
-        // A reader that went away (`warren status | head`) is not worth a message of its own.
+        // A reader that went away (`warren status | head`) has seen what it wanted.
+        if error.kind() == std::io::ErrorKind::BrokenPipe {
+            return Self { exit: Exit::Ok, message: String::new() };
+        }
         Self::failed(error)
     }
 }

@@ -40,8 +40,13 @@ pub(crate) struct Args {
     ca_file: Option<PathBuf>,
 }
 
+const LOGOUT_EXAMPLES: &str = "\
+Examples:
+  warren logout          ends the tunnel, and forgets the token here and in the service";
+
 /// Forget the token, here and in the service
 #[derive(clap::Args)]
+#[command(after_help = LOGOUT_EXAMPLES)]
 pub(crate) struct LogoutArgs {}
 
 /// Checks the token with the deployment and keeps it.

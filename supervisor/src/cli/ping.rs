@@ -3,7 +3,7 @@
 use super::{
     Reach,
     api::Api,
-    exit::{CliError, Exit, Outcome},
+    exit::{CliError, Exit, Outcome, printable, say},
 };
 
 const EXAMPLES: &str = "\
@@ -39,13 +39,13 @@ pub(crate) async fn run(reach: Reach, args: Args) -> Outcome {
         let latency = line.get("latency_seconds").and_then(|latency| latency.as_f64());
         latencies.extend(latency);
         if args.json {
-            println!("{line}");
+            say(&line)?;
         } else {
-            println!("{}", describe(&args.agent, sent, &line));
+            say(printable(&describe(&args.agent, sent, &line)))?;
         }
     }
     if !args.json {
-        println!("{}", summary(sent, &latencies));
+        say(summary(sent, &latencies))?;
     }
     if latencies.is_empty() {
         return Err(CliError::new(Exit::Unhealthy, format!("{} did not answer", args.agent)));

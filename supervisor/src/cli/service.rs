@@ -32,16 +32,17 @@ pub(crate) struct Args {
     /// An inherited, listening socket for metrics and health
     #[arg(long, value_name = "DESCRIPTOR", hide = true)]
     metrics_fd: Option<i32>,
-    /// Log lines as text or json
-    #[arg(long, value_name = "FORMAT", default_value_t = Format::Text)]
-    log_format: Format,
-    /// What to log, such as "info" or "info,warren_actors=debug"
-    #[arg(long, value_name = "DIRECTIVES", env = "WARREN_LOG", default_value = "info")]
-    log_filter: String,
+    /// Log lines as text or json [default: text]
+    #[arg(long, value_name = "FORMAT")]
+    log_format: Option<Format>,
+    /// What to log, such as "info" or "info,warren_actors=debug" [default: info]
+    #[arg(long, value_name = "DIRECTIVES", env = "WARREN_LOG")]
+    log_filter: Option<String>,
     /// Run without a device: status and pings only
     #[arg(long)]
     no_tun: bool,
     /// Let the local API force faults into parts
+    #[cfg(feature = "lab")]
     #[arg(long, hide = true)]
     allow_faults: bool,
 }
@@ -57,7 +58,10 @@ pub(crate) fn run(args: Args) -> ExitCode {
         log_format: args.log_format,
         log_filter: args.log_filter,
         no_tun: args.no_tun,
+        #[cfg(feature = "lab")]
         allow_faults: args.allow_faults,
+        #[cfg(not(feature = "lab"))]
+        allow_faults: false,
         version: super::VERSION,
     })
 }

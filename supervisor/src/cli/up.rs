@@ -8,7 +8,7 @@ use warren_proto::vpn;
 
 use super::{
     Reach, credentials,
-    exit::{CliError, Exit, Outcome},
+    exit::{CliError, Exit, Outcome, printable},
     legb::ServiceClient,
     status::View,
 };
@@ -63,7 +63,7 @@ fn exit_for(error: &str) -> Exit {
     let lower = error.to_lowercase();
     if lower.contains("warren login") || lower.contains("coder login") {
         Exit::LoginNeeded
-    } else if lower.contains("belongs to") || lower.contains("not allowed") {
+    } else if lower.contains("the tunnel belongs to") {
         Exit::Denied
     } else {
         Exit::Failed
@@ -80,7 +80,7 @@ async fn wait_for_agents(service: &mut ServiceClient, deadline: Instant) -> Resu
         }
         if waiting.len() != shown {
             shown = waiting.len();
-            eprintln!("  waiting for {shown} agent(s): {}", preview(&waiting));
+            eprintln!("  waiting for {shown} agent(s): {}", printable(&preview(&waiting)));
         }
         let late = || {
             let silent = preview(&view.silent_agents());

@@ -1,5 +1,5 @@
-//! What both processes take away from themselves at their start, and the service from a child before it runs. With
-//! `process.rs` this is where unsafe code of the service is.
+//! What both processes take away from themselves at their start, and the service from a child before it runs. Unsafe
+//! code of the service is here, in `sockets.rs` and in `tunnel/handed.rs`.
 
 use std::io;
 
