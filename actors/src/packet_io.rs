@@ -4,15 +4,12 @@
 //! It only controls; packets move in the data plane's tasks ([`crate::data_plane`]), which go on when this
 //! part crashes. Its successor finds the device in place and reconciles.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
-
-use warren_proto::key::NodePublic;
+use std::{sync::Arc, time::Duration};
 
 use crate::{
-    data_plane::PeerStats,
     facts::{Net, NetworkOwner},
     pinger,
-    runtime::{Context, Part, PartError, Reply},
+    runtime::{Context, Part, PartError},
 };
 
 pub mod batch;
@@ -33,11 +30,6 @@ pub enum Message {
     MapChanged,
     /// It is time to look whether the device is still there.
     Look,
-    /// Asks what there is to say about each peer.
-    Stats {
-        /// Where the answer goes.
-        reply: Reply<BTreeMap<NodePublic, PeerStats>>,
-    },
 }
 
 /// The part.
@@ -91,7 +83,6 @@ impl Part for PacketIo {
             // A restart attaches it again; one that cannot be had spends the budget, and the process says so.
             Message::Look if self.has_lost_its_device() => return Err("the device is gone".into()),
             Message::Look => {}
-            Message::Stats { reply } => drop(reply.send(self.net.data_plane.stats())),
         }
         Ok(())
     }

@@ -195,20 +195,9 @@ fn set(
     }
 }
 
+/// Numbers that this schema does not name count as unknown.
 fn status_label(status: i32) -> &'static str {
-    match Status::try_from(status) {
-        Ok(Status::Pending) => "pending",
-        Ok(Status::Starting) => "starting",
-        Ok(Status::Running) => "running",
-        Ok(Status::Stopping) => "stopping",
-        Ok(Status::Stopped) => "stopped",
-        Ok(Status::Failed) => "failed",
-        Ok(Status::Canceling) => "canceling",
-        Ok(Status::Canceled) => "canceled",
-        Ok(Status::Deleting) => "deleting",
-        Ok(Status::Deleted) => "deleted",
-        Ok(Status::Unknown) | Err(_) => "unknown",
-    }
+    Status::try_from(status).unwrap_or_default().label()
 }
 
 #[cfg(test)]

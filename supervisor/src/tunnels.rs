@@ -362,9 +362,9 @@ impl State {
     fn publish(&self, shown: TunnelState) {
         let before = self.tunnel.get();
         let since = if shown.lifecycle == before.lifecycle { before.since } else { SystemTime::now() };
-        for (state, lifecycle) in LIFECYCLES {
+        for lifecycle in LIFECYCLES {
             let is_present = f64::from(shown.lifecycle == lifecycle);
-            metrics::gauge!(names::TUNNEL_LIFECYCLE, "state" => state).set(is_present);
+            metrics::gauge!(names::TUNNEL_LIFECYCLE, "state" => lifecycle.label()).set(is_present);
         }
         metrics::gauge!(names::TUNNEL_CIRCUIT_OPEN).set(f64::from(shown.circuit_open));
         self.tunnel.set_if_changed(TunnelState { since, ..shown });
@@ -386,12 +386,8 @@ impl State {
     }
 }
 
-const LIFECYCLES: [(&str, Lifecycle); 4] = [
-    ("starting", Lifecycle::Starting),
-    ("started", Lifecycle::Started),
-    ("stopping", Lifecycle::Stopping),
-    ("stopped", Lifecycle::Stopped),
-];
+const LIFECYCLES: [Lifecycle; 4] =
+    [Lifecycle::Starting, Lifecycle::Started, Lifecycle::Stopping, Lifecycle::Stopped];
 
 /// Ends whatever there is, in order, and what goes with it.
 async fn end(

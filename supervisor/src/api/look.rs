@@ -82,7 +82,7 @@ pub(super) async fn page(State(shared): State<Arc<Shared>>) -> impl IntoResponse
     let answered = peers.agents().filter(|agent| agent.last_ping.is_some()).count();
     let status = tunnel_status(&shared).await;
     let mut rows = vec![
-        ("Tunnel", lifecycle(tunnel.lifecycle).to_owned()),
+        ("Tunnel", tunnel.lifecycle.label().to_owned()),
         ("For", seconds(since(tunnel.since))),
         ("Agents that answered a ping", format!("{answered} of {agents}")),
         ("Restarts of the tunnel process", tunnel.restarts.to_string()),
@@ -120,7 +120,7 @@ async fn tunnel_status(shared: &Shared) -> Option<TunnelStatus> {
 
 fn tunnel_json(tunnel: &TunnelState) -> Value {
     json!({
-        "lifecycle": lifecycle(tunnel.lifecycle),
+        "lifecycle": tunnel.lifecycle.label(),
         "error": said(&tunnel.error),
         "owner_uid": tunnel.owner,
         "tunnel_pid": tunnel.pid,
@@ -221,14 +221,4 @@ fn since(begin: SystemTime) -> Duration {
 
 fn seconds(span: Duration) -> String {
     format!("{} s", span.as_secs())
-}
-
-pub(super) fn lifecycle(lifecycle: Lifecycle) -> &'static str {
-    match lifecycle {
-        Lifecycle::Unknown => "unknown",
-        Lifecycle::Starting => "starting",
-        Lifecycle::Started => "started",
-        Lifecycle::Stopping => "stopping",
-        Lifecycle::Stopped => "stopped",
-    }
 }

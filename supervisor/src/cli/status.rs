@@ -81,13 +81,7 @@ impl View {
 
     /// The lifecycle in lower case.
     pub(crate) fn lifecycle(&self) -> &'static str {
-        match self.status.lifecycle() {
-            Lifecycle::Unknown => "unknown",
-            Lifecycle::Starting => "starting",
-            Lifecycle::Started => "started",
-            Lifecycle::Stopping => "stopping",
-            Lifecycle::Stopped => "stopped",
-        }
+        self.status.lifecycle().label()
     }
 
     /// What is wrong, empty if nothing is.
@@ -247,20 +241,7 @@ impl AgentView<'_> {
 }
 
 fn status_name(workspace: &vpn::Workspace) -> &'static str {
-    use vpn::workspace::Status;
-    match workspace.status() {
-        Status::Unknown => "unknown",
-        Status::Pending => "pending",
-        Status::Starting => "starting",
-        Status::Running => "running",
-        Status::Stopping => "stopping",
-        Status::Stopped => "stopped",
-        Status::Failed => "failed",
-        Status::Canceling => "canceling",
-        Status::Canceled => "canceled",
-        Status::Deleting => "deleting",
-        Status::Deleted => "deleted",
-    }
+    workspace.status().label()
 }
 
 /// Lays out rows in columns as wide as their widest cell. Names come from elsewhere: a cell is one line.
