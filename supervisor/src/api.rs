@@ -46,6 +46,8 @@ const MAX_CONNECTIONS: usize = 64;
 const MAX_CONNECTIONS_PER_USER: usize = 32;
 /// How long a request's head may take to arrive.
 const HEAD_LIMIT: Duration = Duration::from_secs(10);
+/// How long a client on loopback may take to read anything, in milliseconds.
+const WRITE_LIMIT_MS: u32 = 10_000;
 /// Bytes of a request's head.
 const MAX_HEAD: usize = 16 * 1024;
 /// Bytes of a request's body.
@@ -182,7 +184,11 @@ async fn serve_tcp(listener: TcpListener, router: Router) {
     loop {
         let (place, accepted) = places.next(async || listener.accept().await).await;
         match accepted {
-            Ok((stream, _)) => places.serve(place, stream, router.clone()),
+            Ok((stream, _)) => {
+                // Who asks and never reads gives the place back.
+                let _ = rustix::net::sockopt::set_tcp_user_timeout(&stream, WRITE_LIMIT_MS);
+                places.serve(place, stream, router.clone());
+            }
             Err(error) => pause(&error).await,
         }
     }

@@ -82,8 +82,12 @@ pub(crate) struct Lines {
 }
 
 impl Lines {
-    /// The next line, or `None` at the end of the stream.
+    /// The next line, or `None` at the end of the stream. A service that falls silent is an error.
     pub(crate) async fn next(&mut self) -> Result<Option<serde_json::Value>, CliError> {
+        limited(self.line()).await
+    }
+
+    async fn line(&mut self) -> Result<Option<serde_json::Value>, CliError> {
         loop {
             if let Some(end) = self.held.iter().position(|&byte| byte == b'\n') {
                 let line: Vec<u8> = self.held.drain(..=end).collect();

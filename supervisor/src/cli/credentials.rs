@@ -14,7 +14,7 @@ use url::Url;
 use super::exit::{CliError, Exit};
 
 /// Far above any token; keeps a wrong file out of memory.
-const MAX_FILE: u64 = 64 * 1024;
+pub(crate) const MAX_FILE: u64 = 64 * 1024;
 
 /// A deployment and the token it accepted.
 #[derive(Debug)]

@@ -36,6 +36,7 @@ Examples:
   warren lab --agents 3 --duration 30s --json
   warren lab --serve --json      a deployment only, for any tunnel or service to connect to
 
+Every agent is pinged; pages and echoes are asked of the first 16.
 Exit status with --duration: 0 if every agent was pinged, else 6.";
 
 /// How long everything may take to end before it is killed.
@@ -58,7 +59,7 @@ pub(crate) struct Args {
     #[arg(long)]
     no_tun: bool,
     /// Control plane, relay and agents only, on the loopback of where this runs
-    #[arg(long, conflicts_with = "no_tun")]
+    #[arg(long, conflicts_with_all = ["no_tun", "metrics_listen", "logs"])]
     serve: bool,
     /// Where metrics and health are served, outside of the lab's network
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:0")]

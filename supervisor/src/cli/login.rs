@@ -1,7 +1,7 @@
 //! `warren login` and `warren logout`.
 
 use std::{
-    io::{self, BufRead, IsTerminal},
+    io::{self, BufRead, IsTerminal, Read},
     path::PathBuf,
 };
 
@@ -111,7 +111,7 @@ fn read_token(url: &Url, file: Option<PathBuf>) -> Result<SecretString, CliError
         }
         None => {
             let mut line = String::new();
-            io::stdin().lock().read_line(&mut line)?;
+            io::stdin().lock().take(credentials::MAX_FILE).read_line(&mut line)?;
             line
         }
     };

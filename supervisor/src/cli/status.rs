@@ -13,6 +13,7 @@ use warren_proto::vpn::{self, status::Lifecycle};
 
 use super::{
     Reach,
+    api::Api,
     exit::{CliError, Exit, Outcome, printable},
     legb::ServiceClient,
 };
@@ -44,12 +45,22 @@ pub(crate) async fn run(reach: Reach, args: Args) -> Outcome {
     let mut service = ServiceClient::connect(&reach).await?;
     let mut view = View::new(service.status(Instant::now() + LIMIT).await?);
     loop {
+        view.absent = absent(&reach).await;
         show(&view, &args)?;
         if !args.watch {
             return Ok(view.exit());
         }
         view = View::new(service.next_status().await?);
     }
+}
+
+/// What the running tunnel says that it does not have: leg B has no word for it, the local API has. Nothing
+/// where it cannot be asked, which is no reason to show no status.
+async fn absent(reach: &Reach) -> Vec<String> {
+    let asked = tokio::time::timeout(LIMIT, Api::new(reach).get("/v1/status")).await;
+    let Ok(Ok(status)) = asked else { return Vec::new() };
+    let absent = status.get("absent").and_then(|absent| absent.as_array());
+    absent.into_iter().flatten().filter_map(|it| it.as_str()).map(str::to_owned).collect()
 }
 
 fn show(view: &View, args: &Args) -> io::Result<()> {
@@ -66,12 +77,13 @@ fn show(view: &View, args: &Args) -> io::Result<()> {
 /// A status as people and programs are shown it.
 pub(crate) struct View {
     status: vpn::Status,
+    absent: Vec<String>,
 }
 
 impl View {
     /// Wraps what the service sent.
     pub(crate) fn new(status: vpn::Status) -> Self {
-        Self { status }
+        Self { status, absent: Vec::new() }
     }
 
     /// Whether the tunnel has answered its Start.
@@ -138,7 +150,7 @@ impl View {
             "error": (!self.error().is_empty()).then(|| self.error()),
             "workspaces": workspaces,
             "agents": agents,
-            "absent": ABSENT,
+            "absent": self.absent,
         })
     }
 
@@ -155,15 +167,12 @@ impl View {
         } else if self.is_started() {
             text.push_str("No agents: no workspace of yours is running.\n");
         }
-        if self.is_started() {
-            text.push_str(&format!("\nNot in this version: {}.\n", ABSENT.join(", ")));
+        if self.is_started() && !self.absent.is_empty() {
+            text.push_str(&format!("\nMissing here: {}.\n", printable(&self.absent.join(", "))));
         }
         text
     }
 }
-
-/// What people may expect and this version does not have; status says so.
-const ABSENT: &[&str] = &["direct paths (everything is relayed)", "host names (use the addresses)"];
 
 /// One agent of a status.
 pub(crate) struct AgentView<'a> {
@@ -325,6 +334,17 @@ mod tests {
         let text = view(Lifecycle::Started, "").text(SystemTime::now());
         assert!(text.contains("fd60:627a:a42b::2"), "{text}");
         assert!(text.contains("never"), "{text}");
+    }
+
+    #[test]
+    fn what_the_tunnel_does_not_have_is_said_while_it_runs() {
+        let mut view = view(Lifecycle::Started, "");
+        view.absent = vec!["a device (only pings work)".to_owned(), "host\x1b names".to_owned()];
+        let said = "\nMissing here: a device (only pings work), host? names.\n";
+        assert!(view.text(SystemTime::now()).ends_with(said));
+        assert_eq!(view.json()["absent"][0], "a device (only pings work)");
+        view.status.set_lifecycle(Lifecycle::Starting);
+        assert!(!view.text(SystemTime::now()).contains("Missing"));
     }
 
     #[test]
