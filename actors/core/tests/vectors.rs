@@ -263,7 +263,26 @@ fn a_node_that_a_reference_node_published_becomes_a_peer() {
     }
 }
 
+/// Conforms: control:N8
+#[test]
+fn a_node_message_reads_back_whether_it_says_nothing_or_everything() {
+    let everything: Vec<Node> =
+        node_messages().iter().map(|it| Node::decode(hex(it, "bytes").as_slice()).unwrap()).collect();
+    let has_all = |node: &Node| {
+        let has_maps = !node.derp_latency.is_empty() && !node.derp_forced_websocket.is_empty();
+        has_maps && !node.endpoints.is_empty() && !node.addresses.is_empty() && node.id != 0
+    };
+    assert!(everything.iter().any(has_all));
+    let micros = |node: &Node| node.as_of.is_some_and(|at| at.nanos % 1000 == 0 && at.nanos % 1_000_000 != 0);
+    assert!(everything.iter().any(micros));
+    for node in everything.into_iter().chain([Node::default()]) {
+        assert_eq!(Node::decode(node.encode_to_vec().as_slice()).unwrap(), node);
+    }
+}
+
 /// Told the same facts, our own node says what the reference said, but for its one address and the time.
+///
+/// Conforms: control:N8
 #[test]
 fn our_own_node_is_written_as_the_reference_writes_it() {
     for vector in node_messages() {

@@ -254,6 +254,10 @@ const ROWS: &[Row] = &[
     ),
 ];
 
+/// That a destination is kept warm also after P5's timeout is on purpose: managers show an agent without a fresh
+/// handshake as dead.
+///
+/// Conforms: control:P2 control:P3 control:P4 control:P5 control:P6 control:P7 control:P8 control:P9 control:P10 control:P11
 #[test]
 fn each_event_programs_what_it_should_and_nothing_else() {
     for (line, events) in ROWS {
@@ -295,6 +299,30 @@ fn a_node_in_a_loss_is_ignored() {
     table.happen(0, Node(1, 1));
     assert!(!table.update(0, Kind::Lost, Some(node(2, 1))).map_changed);
     assert_eq!(table.coordination.network_map().peers[&id(0)].node_key, NodePublic([1; 32]));
+}
+
+/// Conforms: control:N10
+#[test]
+fn only_an_update_of_the_kind_node_brings_a_node() {
+    for kind in [Kind::Unspecified, Kind::Disconnected, Kind::Lost, Kind::ReadyForHandshake] {
+        let mut table = Table::connected();
+        assert!(!table.update(0, kind, Some(node(1, 1))).map_changed, "{kind:?}");
+        assert!(table.update(0, Kind::Node, Some(node(1, 1))).map_changed, "{kind:?}");
+    }
+}
+
+/// Conforms: control:N9
+#[test]
+fn an_id_is_its_sixteen_bytes_in_order_also_if_all_are_zero() {
+    let in_order = Uuid::from_bytes(std::array::from_fn(|index| index as u8));
+    for id in [Uuid::nil(), Uuid::max(), in_order] {
+        let mut coordination = Coordination::default();
+        coordination.set_destinations(Instant::now(), &[id].into(), Snapshot);
+        let asked = coordination.connected(Instant::now());
+        let raw = &asked[0].add_tunnel.as_ref().unwrap().id;
+        assert_eq!(raw.as_ref(), id.as_bytes());
+        assert_eq!(Uuid::from_slice(raw).unwrap(), id);
+    }
 }
 
 #[test]
@@ -348,6 +376,7 @@ fn a_node_that_cannot_be_used_leaves_the_one_before_it() {
 mod requests {
     use super::*;
 
+    /// Conforms: control:L3
     #[test]
     fn each_new_stream_is_asked_for_all_that_is_wanted_and_nothing_is_asked_without_one() {
         let mut table = Table::default();
@@ -365,6 +394,35 @@ mod requests {
         assert_eq!(table.want(&[5, 6, 7], Snapshot), NOTHING);
         assert_eq!(table.want(&[1, 6, 9], Diff), ["+1", "+9", "-5", "-7"]);
         assert_eq!(table.want(&[], Diff), ["-1", "-6", "-9"]);
+    }
+
+    /// Conforms: control:L2 control:L6
+    #[test]
+    fn who_is_new_is_asked_for_in_order_and_waited_for_and_who_stays_is_left_alone() {
+        let mut table = Table::connected();
+        assert_eq!(table.want(&[4, 5], Snapshot), ["+4", "+5"]);
+        table.happen(4, Ready);
+        assert!(table.happen(4, Node(1, 1)).map_changed);
+        assert_eq!(table.want(&[1, 2, 4], Diff), ["+1", "+2", "-5"]);
+        assert!(table.coordination.network_map().peers.contains_key(&id(4)));
+        for new in [1, 2] {
+            assert!(
+                !table.happen(new, Node(2, 1)).map_changed,
+                "a destination is not programmed by its node"
+            );
+            assert!(table.happen(new, Ready).map_changed);
+            assert!(table.coordination.network_map().peers[&id(new)].keepalive);
+        }
+    }
+
+    /// Conforms: control:L4
+    #[test]
+    fn who_was_given_back_is_not_asked_for_on_the_next_stream() {
+        let mut table = Table::connected();
+        table.want(&[1, 2], Snapshot);
+        assert_eq!(table.want(&[1], Diff), ["-2"]);
+        table.happen(1, AllLost);
+        assert_eq!(table.connect(), ["+1"]);
     }
 
     #[test]

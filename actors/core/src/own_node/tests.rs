@@ -17,20 +17,23 @@ const NEWS: &[Change] = &[
     ("endpoints that are allowed again", |node| node.set_endpoints(endpoints(&["192.0.2.1:1"]))),
 ];
 
+/// Conforms: control:N1 control:N2 control:N6
 #[test]
 fn each_change_is_told_once_and_the_same_again_is_no_news() {
     let mut own = Own::at_home();
     for (what, change) in NEWS {
         change(&mut own.node);
         assert!(own.node.poll_timeout(own.now).is_some(), "{what}");
-        assert!(own.tell_after(PAUSE).is_some(), "{what}");
+        let told = own.tell_after(PAUSE).unwrap_or_else(|| panic!("{what}"));
+        assert_eq!(told.key.as_ref(), NodePublic([1; 32]).to_binary(), "{what}");
+        assert_eq!(told.endpoints, own.endpoints(), "{what}");
         change(&mut own.node);
         assert_eq!(own.node.poll_timeout(own.now), None, "the same: {what}");
         assert_eq!(own.tell_after(PAUSE), None, "the same: {what}");
     }
 }
 
-/// N7.
+/// Conforms: control:N7
 #[test]
 fn nothing_is_told_before_a_home_is_known() {
     let mut own = Own::connected();
@@ -51,7 +54,7 @@ fn a_home_that_is_lost_is_not_told_and_one_that_comes_back_is_no_news() {
     assert_eq!(own.tell_after(PAUSE), None);
 }
 
-/// N5.
+/// Conforms: control:N5
 #[test]
 fn each_stream_is_told_once_whatever_the_one_before_was_told() {
     let mut own = Own::at_home();
@@ -67,7 +70,9 @@ fn each_stream_is_told_once_whatever_the_one_before_was_told() {
     assert_eq!(own.tell_after(PAUSE), None);
 }
 
-/// N1: changes while a message is on its way, or just after one, are gathered into one further message.
+/// Changes while a message is on its way, or just after one, are gathered into one further message.
+///
+/// Conforms: control:N1
 #[test]
 fn changes_within_a_second_are_gathered_into_one_message() {
     let mut own = Own::at_home();
@@ -103,6 +108,9 @@ fn latencies_ride_along_and_cause_nothing() {
     assert_eq!(told, expected.map(|(key, seconds)| (key.to_owned(), seconds)).into());
 }
 
+/// Our address is one for the life of a start.
+///
+/// Conforms: control:N4
 #[test]
 fn a_message_holds_all_that_is_known_of_us_and_nothing_but_our_node() {
     let mut own = Own::connected();
@@ -159,6 +167,10 @@ impl Own {
         own.node.set_home(region(1));
         assert!(own.tell_after(Duration::ZERO).is_some());
         own
+    }
+
+    fn endpoints(&self) -> Vec<String> {
+        self.node.news.endpoints.iter().map(ToString::to_string).collect()
     }
 
     fn tell_after(&mut self, span: Duration) -> Option<Node> {

@@ -9,6 +9,7 @@ use crate::{
     relay_map::{Node, Region},
 };
 
+/// Conforms: vpn:15.36
 #[test]
 fn a_new_peer_is_pinged_at_once_and_then_on_every_tick() {
     let begin = Instant::now();
@@ -292,6 +293,8 @@ fn peers_that_come_one_by_one_are_pinged_in_bursts_too() {
 }
 
 /// One ping an agent and tick where all answer, and as many wake-ups as there are bursts.
+///
+/// Conforms: vpn:15.35
 #[test]
 fn the_cost_is_linear_in_agents_and_ticks() {
     const TICKS: u32 = 10;
@@ -330,7 +333,7 @@ fn silence_costs_a_few_pings_a_tick() {
     assert_eq!(count, 100 * (5 + 9), "five in the first round, one in each later one");
 }
 
-/// tailnet-control 12.8 D4.
+/// Conforms: control:D4
 #[test]
 fn the_region_of_a_report_is_the_pings_or_else_our_home() {
     let region = |id: u16, name: &str| {

@@ -1,3 +1,4 @@
+use prost::Message;
 use warren_proto::tailnet::{
     DerpMap,
     derp_map::{HomeParams, Region as ProtoRegion, region::Node as ProtoNode},
@@ -93,7 +94,7 @@ fn embedded_relays_are_where_the_deployment_is_and_all_others_stay() {
     }
 }
 
-/// tailnet-control 7.1, 12.6 P13.
+/// Conforms: control:P13
 #[test]
 fn a_difference_names_what_was_added_changed_and_removed() {
     let old = map();
@@ -109,6 +110,7 @@ fn a_difference_names_what_was_added_changed_and_removed() {
     assert_eq!(newer.difference(&old), back);
 }
 
+/// Conforms: control:P13
 #[test]
 fn the_order_of_nodes_and_the_scores_are_no_difference() {
     let old = map();
@@ -163,6 +165,55 @@ fn a_region_is_called_by_its_name_or_unnamed_with_its_number() {
     assert_eq!(map.region_name(Some(RegionId(999))), "Coder Embedded Relay");
     assert_eq!(map.region_name(Some(RegionId(3))), "Unnamed 3");
     assert_eq!(map.region_name(None), "Unnamed 0");
+}
+
+/// Conforms: control:N11
+#[test]
+fn every_field_of_a_streamed_map_is_read_as_it_was_written() {
+    let node = ProtoNode {
+        name: "7a".to_owned(),
+        region_id: 7,
+        host_name: "relay.example.com".to_owned(),
+        cert_name: "cert.example.com".to_owned(),
+        ipv4: "192.0.2.1".to_owned(),
+        ipv6: "2001:db8::1".to_owned(),
+        stun_port: 19_302,
+        stun_only: true,
+        derp_port: 8443,
+        insecure_for_tests: true,
+        force_http: true,
+        stun_test_ip: "192.0.2.9".to_owned(),
+        can_port_80: true,
+    };
+    let region = ProtoRegion {
+        region_id: 7,
+        embedded_relay: true,
+        region_code: "seven".to_owned(),
+        region_name: "Seven".to_owned(),
+        avoid: true,
+        nodes: vec![node],
+    };
+    let home_params = Some(HomeParams { region_score: [(7, 0.25)].into() });
+    let written = DerpMap { regions: [(7, region)].into(), home_params };
+    let read = DerpMap::decode(written.encode_to_vec().as_slice()).unwrap();
+    assert_eq!(read, written);
+    let node = Node {
+        name: "7a".to_owned(),
+        host_name: "relay.example.com".to_owned(),
+        cert_name: Some("cert.example.com".to_owned()),
+        ipv4: NodeAddress::Fixed(Ipv4Addr::new(192, 0, 2, 1)),
+        ipv6: NodeAddress::Fixed("2001:db8::1".parse().unwrap()),
+        derp_port: 8443,
+        stun_only: true,
+        stun_port: Some(19_302),
+        stun_test_ip: Some("192.0.2.9".parse().unwrap()),
+        force_http: true,
+        insecure_for_tests: true,
+    };
+    let (code, name, nodes) = ("seven".to_owned(), "Seven".to_owned(), vec![node]);
+    let region = Region { id: RegionId(7), code, name, embedded: true, avoid: true, nodes };
+    let expected = RelayMap { regions: [(RegionId(7), region)].into(), scores: [(RegionId(7), 0.25)].into() };
+    assert_eq!(RelayMap::from_proto(&read), expected);
 }
 
 mod json {

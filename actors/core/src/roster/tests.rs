@@ -10,7 +10,7 @@ use super::*;
 mod workspace_updates {
     use super::*;
 
-    /// W1, W2.
+    /// Conforms: control:W2
     #[test]
     fn a_snapshot_tells_all_there_is_with_the_short_name_for_single_agents() {
         let table = Table::after(&snapshot(
@@ -68,7 +68,7 @@ mod workspace_updates {
         assert!(message.upserted_workspaces.is_empty() && message.deleted_workspaces.is_empty());
     }
 
-    /// W5, and vpn-protocol 7.2.
+    /// Conforms: vpn:K4 control:W5
     #[test]
     fn what_cannot_be_applied_says_what_is_wrong_and_changes_nothing() {
         type Change = fn(&mut tailnet::WorkspaceUpdate);
@@ -129,7 +129,7 @@ mod workspace_updates {
         assert_eq!(table.roster.snapshot(), &before);
     }
 
-    /// W7, and vpn-protocol 7.4.
+    /// Conforms: vpn:K6 control:W7
     #[test]
     fn a_snapshot_drops_what_it_does_not_list_and_a_reader_hears_of_the_rest_only() {
         let mut table =
@@ -398,6 +398,8 @@ mod messages {
     }
 
     /// The cost of a message is that of what changed, and all that changed meanwhile is one entry an agent.
+    ///
+    /// Conforms: vpn:15.35
     #[test]
     fn a_message_has_one_entry_for_each_agent_that_changed_however_often() {
         let agents: Vec<_> = (0..1000).map(|number| (1000 + number, "main", number)).collect();
