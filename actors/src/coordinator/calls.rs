@@ -17,9 +17,12 @@ use warren_core::{
     relay_map::RelayMap,
     roster::Update,
 };
-use warren_proto::tailnet::{
-    CoordinateRequest, CoordinateResponse, DerpMap, RefreshResumeTokenRequest, StreamDerpMapsRequest,
-    WorkspaceUpdate, WorkspaceUpdatesRequest, coordinate_request::Disconnect,
+use warren_proto::{
+    frame::Message,
+    tailnet::{
+        CoordinateRequest, CoordinateResponse, DerpMap, RefreshResumeTokenRequest, StreamDerpMapsRequest,
+        WorkspaceUpdate, WorkspaceUpdatesRequest, coordinate_request::Disconnect,
+    },
 };
 
 use super::{
@@ -44,6 +47,7 @@ pub(super) struct Calls<'a> {
     shared: &'a Shared,
     rpc: Rpc,
     owner: Uuid,
+    attempt: u64,
     first_map: Notify,
     first_snapshot: Notify,
 }
@@ -51,9 +55,9 @@ pub(super) struct Calls<'a> {
 type Ended = Result<Infallible, ControlError>;
 
 impl<'a> Calls<'a> {
-    /// Calls to be made over `rpc`, for the workspaces of `owner`.
-    pub(super) fn new(shared: &'a Shared, rpc: Rpc, owner: Uuid) -> Self {
-        Self { shared, rpc, owner, first_map: Notify::new(), first_snapshot: Notify::new() }
+    /// Calls to be made over `rpc` by this attempt, for the workspaces of `owner`.
+    pub(super) fn new(shared: &'a Shared, rpc: Rpc, owner: Uuid, attempt: u64) -> Self {
+        Self { shared, rpc, owner, attempt, first_map: Notify::new(), first_snapshot: Notify::new() }
     }
 
     /// Makes all calls, until one ends without which the others are worth nothing. `proven` runs beside them
@@ -137,13 +141,13 @@ impl<'a> Calls<'a> {
     async fn relay_maps(&self) -> Ended {
         const METHOD: Method = Method::StreamDerpMaps;
         let opened = self.rpc.server_stream::<_, DerpMap>(METHOD, &StreamDerpMapsRequest {}).await;
-        let (_requests, mut answers) = opened.map_err(failed(METHOD))?;
-        while let Some(map) = answers.next().await.map_err(failed(METHOD))? {
-            self.shared.note_update();
+        let (requests, answers) = opened.map_err(failed(METHOD))?;
+        let take = |map: DerpMap| {
             self.shared.take_relay_map(RelayMap::from_proto(&map));
             self.first_map.notify_one();
-        }
-        Err(ControlError::Ended { call: METHOD.name(), said: None })
+            Ok(())
+        };
+        self.hear(METHOD, requests, answers, take).await
     }
 
     async fn workspace_updates(&self) -> Ended {
@@ -151,15 +155,43 @@ impl<'a> Calls<'a> {
         let request =
             WorkspaceUpdatesRequest { workspace_owner_id: Bytes::copy_from_slice(self.owner.as_bytes()) };
         let opened = self.rpc.server_stream::<_, WorkspaceUpdate>(METHOD, &request).await;
-        let (_requests, mut answers) = opened.map_err(failed(METHOD))?;
+        let (requests, answers) = opened.map_err(failed(METHOD))?;
         let mut update = Update::Snapshot;
-        while let Some(message) = answers.next().await.map_err(failed(METHOD))? {
-            self.shared.note_update();
+        let take = |message: WorkspaceUpdate| {
             self.shared.take_workspaces(&message, update)?;
             self.first_snapshot.notify_one();
             update = Update::Diff;
+            Ok(())
+        };
+        self.hear(METHOD, requests, answers, take).await
+    }
+
+    /// Takes what comes until the deployment ends the call. When we leave, it is closed in order and read to its
+    /// end: the connection ends with the Coordinate call.
+    async fn hear<Q, A>(
+        &self,
+        method: Method,
+        mut requests: Requests<Q>,
+        mut answers: Answers<A>,
+        mut take: impl FnMut(A) -> Result<(), ControlError>,
+    ) -> Ended
+    where
+        Q: Message,
+        A: Message + Default,
+    {
+        let hearing = async {
+            while let Some(message) = answers.next().await.map_err(failed(method))? {
+                self.shared.note_update();
+                take(message)?;
+            }
+            Err(ControlError::Ended { call: method.name(), said: None })
+        };
+        if let Some(ended) = self.shared.stop.run_until_cancelled(hearing).await {
+            return ended;
         }
-        Err(ControlError::Ended { call: METHOD.name(), said: None })
+        requests.close().await;
+        while let Ok(Some(_)) = answers.next().await {}
+        std::future::pending().await
     }
 
     /// Keeps the newest resume token in memory. A failure costs us the token on a reconnect, nothing else.
@@ -169,7 +201,7 @@ impl<'a> Calls<'a> {
             match self.rpc.unary(METHOD, &RefreshResumeTokenRequest {}, UNARY_LIMIT).await {
                 Ok(response) => {
                     let (token, refresh_in) = ResumeToken::of(response);
-                    self.shared.memory.lock().resume = token;
+                    self.shared.memory.keep_resume_token(self.attempt, token);
                     sleep(refresh_in).await;
                 }
                 Err(CallError::Unimplemented) => {

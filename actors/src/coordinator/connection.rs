@@ -126,7 +126,7 @@ impl Attempt {
         Ok(user.id)
     }
 
-    fn query(&self) -> String {
+    pub(super) fn query(&self) -> String {
         let memory = self.shared.memory.lock();
         let usable = memory.resume.as_ref().filter(|resume| resume.is_usable(std::time::SystemTime::now()));
         let Some(resume) = usable else { return VERSION.to_owned() };
@@ -171,7 +171,7 @@ impl Attempt {
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let calls = Calls::new(&self.shared, rpc, owner);
+        let calls = Calls::new(&self.shared, rpc, owner, self.number);
         let Err(error) = tokio::select! {
             biased;
             ended = calls.run(async || self.report(Event::Proven).await) => ended,

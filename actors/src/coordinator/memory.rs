@@ -41,6 +41,15 @@ impl ControlMemory {
     pub(super) fn lock(&self) -> MutexGuard<'_, Memory> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Keeps the token that an attempt was given, unless the attempt was superseded: its token is that of
+    /// another peer than the one that speaks now.
+    pub(super) fn keep_resume_token(&self, attempt: u64, token: Option<ResumeToken>) {
+        let mut memory = self.lock();
+        if memory.attempts == attempt {
+            memory.resume = token;
+        }
+    }
 }
 
 /// Lets us be the same peer after a reconnect; as secret as the session token.

@@ -32,6 +32,7 @@ use crate::{
     runtime::{Running, Tasks, starter},
 };
 
+mod conversation;
 pub(crate) mod deployment;
 
 use deployment::{Call, Connection, Deployment};
@@ -42,6 +43,7 @@ const TAILNET: &str = "/api/v2/tailnet";
 mod connecting {
     use super::*;
 
+    /// Conforms: vpn:C2 control:H2
     #[tokio::test]
     async fn a_connection_leads_from_the_introduction_to_a_programmed_peer() {
         let mut rig = Rig::started().await;
@@ -69,23 +71,29 @@ mod connecting {
         rig.programmed(1).await;
     }
 
+    /// Conforms: vpn:C1 vpn:16.2.5 control:H1
     #[tokio::test]
     async fn every_request_carries_token_and_telemetry_and_the_introduction_is_made_once() {
         let mut rig = Rig::started().await;
         let connection = rig.deployment.connection().await;
         connection.cut();
         rig.deployment.connection().await;
-        let requests = rig.deployment.requests(TAILNET);
-        assert_eq!(requests.len(), 2);
-        for path in ["/api/v2/users/me", "/api/v2/workspaceagents/connection"] {
-            assert_eq!(rig.deployment.requests(path).len(), 1, "{path}");
+        let paths = ["/api/v2/users/me", "/api/v2/workspaceagents/connection", TAILNET];
+        for (path, times) in paths.into_iter().zip([1, 1, 2]) {
+            let requests = rig.deployment.requests(path);
+            assert_eq!(requests.len(), times, "{path}");
+            for (_, head) in requests {
+                let head = head.to_lowercase();
+                let names = |name: &str| head.lines().filter(|line| line.starts_with(name)).count();
+                assert_eq!(names("coder-session-token:"), 1, "{head}");
+                assert_eq!(names("coder-desktop-telemetry:"), 1, "{head}");
+                assert!(head.contains("coder-session-token: secret-token\r\n"), "{head}");
+                assert!(head.contains("coder-desktop-telemetry: {\"device_id\":\"d\"}\r\n"), "{head}");
+            }
         }
-        let (_, head) = &requests[0];
-        let head = head.to_lowercase();
-        assert!(head.contains("coder-session-token: secret-token\r\n"), "{head}");
-        assert!(head.contains("coder-desktop-telemetry: {\"device_id\":\"d\"}\r\n"), "{head}");
     }
 
+    /// Conforms: control:H9
     #[tokio::test]
     async fn a_token_that_is_not_accepted_refuses_the_start_and_says_what_to_do() {
         let rig = Rig::new().await;
@@ -137,6 +145,7 @@ mod connecting {
 mod ending {
     use super::*;
 
+    /// Conforms: control:L14
     #[tokio::test]
     async fn the_end_of_the_relay_maps_loses_all_peers_and_the_connection_is_made_anew() {
         let mut rig = Rig::started().await;
@@ -197,10 +206,12 @@ mod ending {
         assert!(last - first > Duration::from_millis(660), "{:?}", last - first);
     }
 
+    /// Conforms: control:H6 control:H8
     #[tokio::test]
     async fn a_resume_token_is_shown_on_the_next_dial_and_dropped_when_it_is_rejected() {
         let mut rig = Rig::started().await;
         let mut connection = rig.deployment.connection().await;
+        assert_eq!(connection.query, "version=2.3");
         give_token(&mut connection, "a+b").await;
         rig.remembers_a_token().await;
         let body =
@@ -224,6 +235,7 @@ mod ending {
         assert_eq!(rig.deployment.connection().await.query, "resume_token=second&version=2.3");
     }
 
+    /// Conforms: control:H7 control:L13
     #[tokio::test]
     async fn a_deployment_without_resume_tokens_is_none_the_worse() {
         let mut rig = Rig::started().await;
@@ -232,6 +244,8 @@ mod ending {
         connection.call("RefreshResumeToken").await.write(Kind::Error, &error.encode()).await;
         let _streams = answer(&mut connection, &[]).await;
         rig.link(|link| matches!(link, LinkState::Up { .. })).await;
+        connection.cut();
+        assert_eq!(rig.deployment.connection().await.query, "version=2.3");
     }
 }
 
@@ -284,6 +298,7 @@ mod stopping {
 mod waking {
     use super::*;
 
+    /// Conforms: vpn:15.37
     #[tokio::test(start_paused = true)]
     async fn a_dead_connection_is_found_when_the_machine_wakes_up_and_a_live_one_is_kept() {
         let mut wire = Wire::new().await;
@@ -365,6 +380,7 @@ mod judging {
         assert!(setting.retry_in() <= Duration::from_millis(100));
     }
 
+    /// Conforms: control:H9
     #[tokio::test]
     async fn before_a_connection_was_accepted_a_refusal_is_final_and_later_only_what_a_person_must_change() {
         use StatusCode as S;
@@ -394,6 +410,23 @@ mod judging {
         assert_eq!(setting.retry_in(), Duration::from_secs(60));
         setting.hear(Event::Ended(refused(StatusCode::TOO_MANY_REQUESTS, Some(u32::MAX)))).await;
         assert_eq!(setting.retry_in(), MAX_RETRY_AFTER);
+    }
+
+    /// Before a connection was ever accepted a person waits for the verdict, and is told (see above).
+    ///
+    /// Conforms: control:L17
+    #[tokio::test]
+    async fn a_dial_that_ran_out_of_time_is_tried_again() {
+        let mut setting = Setting::new().await;
+        setting.hear(Event::Accepted).await;
+        for _ in 0..20 {
+            let (url, limit) = ("http://127.0.0.1:1/api/v2/tailnet".to_owned(), Duration::from_secs(10));
+            let deadline = ControlError::Open(ApiError::Deadline { url, limit }.into());
+            let before = setting.number();
+            setting.hear(Event::Ended(deadline)).await;
+            assert_eq!(setting.number(), before + 1, "the next attempt has begun");
+            assert!(setting.retry_in() <= Duration::from_secs(10));
+        }
     }
 
     #[tokio::test]
@@ -504,10 +537,14 @@ impl Rig {
     }
 
     async fn stop(mut self) -> Arc<Net> {
+        self.end().await;
+        self.net
+    }
+
+    async fn end(&mut self) {
         let running = self.running.take().unwrap();
         running.cell.stop(None);
         running.join.await.unwrap();
-        self.net
     }
 
     async fn link(&self, accept: impl Fn(&LinkState) -> bool) -> LinkState {
@@ -553,11 +590,18 @@ impl Wire {
     async fn new() -> Self {
         let net = Arc::new(net(NetworkOwner::Nobody));
         let shared = Arc::new(Shared::claim(&net, &Arc::default()).unwrap());
+        shared.memory.lock().attempts = 1;
         let attempt = Attempt { shared: Arc::clone(&shared), number: 1, me: net.coordinator.clone() };
         let (ours, theirs) = duplex(64 * 1024);
         let (stream, handle) = byte_stream(ours, READ_IDLE).await;
         let keeping = tokio::spawn(async move { attempt.keep(id(0), stream, handle).await });
         Self { shared, connection: Connection::over(theirs, "").await, keeping }
+    }
+
+    /// What the next connection would be asked for with.
+    fn next_query(&self) -> String {
+        let me = self.shared.net.coordinator.clone();
+        Attempt { shared: Arc::clone(&self.shared), number: 9, me }.query()
     }
 
     async fn ended(&mut self) -> ControlError {

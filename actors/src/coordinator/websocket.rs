@@ -33,7 +33,10 @@ use tokio_tungstenite::{
     },
 };
 
+mod transport;
+
 use super::http::{ApiClient, ApiError};
+use transport::Transport;
 
 /// The server pings every 15 s; without anything for three times as long the connection is dead.
 pub(super) const READ_IDLE: Duration = Duration::from_secs(45);
@@ -42,6 +45,11 @@ const MAX_MESSAGE: usize = 4 * 1024 * 1024;
 /// The most that is sent in one message.
 const MAX_SENT: usize = 64 * 1024;
 const BUFFER: usize = 64 * 1024;
+/// A server that takes nothing of what waits for it for so long is gone, though it may still send.
+const WRITE_STALL: Duration = Duration::from_secs(10);
+/// What is read of a server that takes nothing: each of its bytes may want an answer, and answers wait above
+/// without a bound.
+const MAX_UNANSWERED: usize = 1024 * 1024;
 /// What is buffered while the server does not read. Writing waits from the first byte that is not taken.
 const MAX_BUFFERED: usize = BUFFER + 4 * MAX_SENT;
 
@@ -75,6 +83,9 @@ pub(super) enum StreamError {
     /// Nothing came for too long.
     #[error("the server has been silent for {} seconds", .0.as_secs())]
     Silent(Duration),
+    /// What waits for it was not taken for too long.
+    #[error("the server has taken nothing for {} seconds", .0.as_secs())]
+    Stalled(Duration),
 }
 
 fn because(reason: &str) -> String {
@@ -151,7 +162,8 @@ where
         .max_write_buffer_size(MAX_BUFFERED)
         .max_message_size(Some(MAX_MESSAGE))
         .max_frame_size(Some(MAX_MESSAGE));
-    let web_socket = WebSocketStream::from_raw_socket(stream, Role::Client, Some(config)).await;
+    let transport = Transport::new(stream, WRITE_STALL);
+    let web_socket = WebSocketStream::from_raw_socket(transport, Role::Client, Some(config)).await;
     let socket =
         Socket { web_socket, unread: Bytes::new(), idle, silence: Box::pin(sleep(idle)), has_ended: false };
     let shared = Arc::new(Shared {
@@ -183,7 +195,7 @@ struct Shared<S> {
 }
 
 struct Socket<S> {
-    web_socket: WebSocketStream<S>,
+    web_socket: WebSocketStream<Transport<S>>,
     unread: Bytes,
     idle: Duration,
     silence: Pin<Box<Sleep>>,

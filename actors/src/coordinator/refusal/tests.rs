@@ -2,6 +2,7 @@ use super::*;
 
 const URL: &str = "https://h/api/v2/users/me";
 
+/// Conforms: control:H10 control:H12
 #[test]
 fn every_refusal_of_a_deployment_says_what_is_wrong_and_what_to_do() {
     let signed_out = r#"{"message":"You are signed out or your session has expired. Please sign in again to continue.","detail":"API key is invalid."}"#;

@@ -73,11 +73,12 @@ async fn a_question_without_an_answer_has_a_deadline() {
     assert!(matches!(asking.await.unwrap(), Err(CallError::Deadline(LIMIT))));
 }
 
+/// Conforms: control:L8
 #[tokio::test]
 async fn a_server_stream_gives_message_after_message_until_it_is_closed() {
     let mut rig = Rig::new();
     let opened = rig.rpc.server_stream::<_, DerpMap>(Method::StreamDerpMaps, &StreamDerpMapsRequest {});
-    let (_requests, mut answers) = opened.await.unwrap();
+    let (mut requests, mut answers) = opened.await.unwrap();
     let mut call = rig.call("StreamDERPMaps").await;
     call.send(&DerpMap::default()).await;
     call.send(&DerpMap::default()).await;
@@ -86,6 +87,13 @@ async fn a_server_stream_gives_message_after_message_until_it_is_closed() {
     assert_eq!(answers.next().await.unwrap(), Some(DerpMap::default()));
     assert_eq!(answers.next().await.unwrap(), None);
     assert_eq!(answers.next().await.unwrap(), None);
+    requests.close().await;
+    requests.close().await;
+    let mut heard = Vec::new();
+    while let Some(packet) = call.packet().await {
+        heard.push(packet.kind);
+    }
+    assert_eq!(heard, [Kind::Message, Kind::CloseSend, Kind::Close], "closing twice is closing once");
 }
 
 #[tokio::test]

@@ -173,6 +173,17 @@ impl Connection {
         }
     }
 
+    /// The methods of the calls that nobody took, in order, when the connection is over.
+    pub(crate) async fn rest(&mut self) -> Vec<String> {
+        let more = async {
+            while let Some(call) = self.calls.recv().await {
+                self.waiting.push(call);
+            }
+        };
+        timeout(SOON, more).await.expect("an end");
+        self.waiting.drain(..).map(|call| call.method).collect()
+    }
+
     /// Reads and writes nothing any more, and keeps the connection.
     pub(crate) fn freeze(&self) {
         self.freeze.cancel();

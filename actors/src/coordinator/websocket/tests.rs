@@ -102,6 +102,7 @@ async fn a_message_beyond_the_limit_is_an_error() {
     sending.await.unwrap();
 }
 
+/// tailnet-control, appendix D 5.
 #[tokio::test(start_paused = true)]
 async fn a_silent_server_is_noticed_but_one_that_only_pings_is_not() {
     let (mut stream, _handle, mut server) = pair(READ_IDLE).await;
@@ -119,6 +120,61 @@ async fn a_silent_server_is_noticed_but_one_that_only_pings_is_not() {
     assert_eq!(error.to_string(), "the server has been silent for 45 seconds");
     assert_eq!(begun.elapsed().as_secs(), 195);
     drop(pinging.await.unwrap());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_sends_and_does_not_read_is_given_up_and_little_of_it_is_taken() {
+    let (stream, _handle, server) = pair(READ_IDLE).await;
+    let (mut to_us, _unread) = server.split();
+    let flood = tokio::spawn(async move {
+        let message = || Message::Binary(vec![0; 1000].into());
+        while to_us.send(message()).await.is_ok() {}
+    });
+    let (mut read, mut write) = tokio::io::split(stream);
+    let writing = tokio::spawn(async move {
+        loop {
+            if let Err(error) = async {
+                write.write_all(&[0; 1000]).await?;
+                write.flush().await
+            }
+            .await
+            {
+                return error;
+            }
+        }
+    });
+    let (begun, mut heard, mut buffer) = (Instant::now(), 0, vec![0; 16 * 1024]);
+    let error = loop {
+        match read.read(&mut buffer).await {
+            Ok(count) => heard += count,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.to_string(), "the server has taken nothing for 10 seconds");
+    assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    assert!((10..45).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
+    assert!((100_000..2 * MAX_UNANSWERED).contains(&heard), "{heard}");
+    let failed = writing.await.unwrap();
+    assert!(!failed.to_string().is_empty());
+    drop(read);
+    flood.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_reads_slowly_is_waited_for() {
+    let (mut stream, _handle, mut server) = pair(READ_IDLE).await;
+    let sent = 400_000;
+    let writing = tokio::spawn(async move {
+        stream.write_all(&vec![7; sent]).await?;
+        stream.flush().await
+    });
+    let mut received = 0;
+    while received < sent {
+        sleep(Duration::from_secs(9)).await;
+        let Message::Binary(payload) = server.next().await.unwrap().unwrap() else { panic!("not binary") };
+        received += payload.len();
+    }
+    writing.await.unwrap().unwrap();
 }
 
 #[tokio::test(start_paused = true)]
