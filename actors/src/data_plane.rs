@@ -36,6 +36,7 @@ use crate::{
     dial::Dialer,
     packet_io::tun::Tun,
     relay::link::{self, Link},
+    runtime::Cell,
     wireguard::{self, Engines, LEAST_ROOM, Sealed, Ticked},
 };
 
@@ -51,7 +52,7 @@ mod tests;
 pub use crate::relay::link::{LinkInfo, LinkTarget};
 pub use warren_proto::disco::TxId;
 
-use counters::Counters;
+use counters::{Counters, Drop, Tally};
 use peers::{Peer, Peers};
 
 /// How long [`DataPlane::stop`] waits for the thread.
@@ -176,8 +177,13 @@ impl DataPlane {
     /// Makes the programmed peers equal to `map`; sessions stay unless a key changed. Peers to be kept
     /// warm get a handshake at once. Costs about 0.1 ms for each new peer: call it where that may block.
     pub fn set_peers(&self, map: &NetworkMap) {
-        let cold = self.plane.peers.set(map, &self.plane.engines, Instant::now());
-        self.warm_up(cold);
+        self.warm_up(self.plane.peers.set(|| map, &self.plane.engines, Instant::now()));
+    }
+
+    /// As [`Self::set_peers`], with what `map` holds when it is this caller's turn: one that was overtaken
+    /// while it waited brings nothing old back.
+    pub fn follow_peers(&self, map: &Cell<NetworkMap>) {
+        self.warm_up(self.plane.peers.set(|| map.get(), &self.plane.engines, Instant::now()));
     }
 
     /// What there is to say about each peer.
@@ -393,7 +399,12 @@ impl Plane {
                         tokio::task::yield_now().await;
                     }
                 }
-                Ticked::GaveUp => self.counters.handshakes_given_up.increment(1),
+                Ticked::GaveUp { lost } => {
+                    self.counters.handshakes_given_up.increment(1);
+                    let mut tally = Tally::default();
+                    tally.drop_many(Drop::NoSession, lost);
+                    self.counters.add(&tally);
+                }
             }
         }
     }

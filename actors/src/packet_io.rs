@@ -75,8 +75,8 @@ impl Part for PacketIo {
     async fn handle(&self, _: &Context<Message>, _: &mut (), message: Message) -> Result<(), PartError> {
         match message {
             Message::MapChanged => {
-                let (map, data_plane) = (self.net.network_map.get(), self.net.data_plane.clone());
-                tokio::task::spawn_blocking(move || data_plane.set_peers(&map)).await?;
+                let net = Arc::clone(&self.net);
+                tokio::task::spawn_blocking(move || net.data_plane.follow_peers(&net.network_map)).await?;
                 // Pings to peers that were not here yet went nowhere; if this is lost, they are repeated soon.
                 let _ = self.net.pinger.try_send(pinger::Message::PathUp);
             }

@@ -78,9 +78,12 @@ pub struct State {
     /// Wakes us when something is due; replaced when something else is due earlier.
     alarm: Option<(Instant, JoinHandle<Option<()>>)>,
     counters: Counters,
-    /// Agents whose silence was logged; each is told once until it answers again.
-    silent: BTreeSet<Uuid>,
+    silent: Silent,
 }
+
+/// Agents whose silence was logged: each is told of once until it answers again.
+#[derive(Default)]
+struct Silent(BTreeSet<Uuid>);
 
 struct Counters {
     answered: Counter,
@@ -107,7 +110,7 @@ impl Part for Pinger {
             pings: Pings::new(Instant::now()),
             alarm: None,
             counters: Counters::new(),
-            silent: BTreeSet::new(),
+            silent: Silent::default(),
         };
         state.set_alarm(context);
         Ok(state)
@@ -123,7 +126,7 @@ impl Part for Pinger {
         match message {
             Message::PeersChanged => {
                 let map = self.net.network_map.get();
-                state.silent.retain(|agent| map.peers.contains_key(agent));
+                state.silent.0.retain(|agent| map.peers.contains_key(agent));
                 for waiter in state.pings.set_peers(now, &map) {
                     let _ = waiter.send(Err(PingFailed::NoPeer));
                 }
@@ -157,7 +160,7 @@ impl Pinger {
         }
         state.counters.timed_out.increment(due.timed_out.len() as u64);
         for agent in due.timed_out {
-            if state.silent.insert(agent) {
+            if state.silent.begins(agent) {
                 tracing::warn!(%agent, "an agent does not answer pings");
             }
         }
@@ -183,7 +186,7 @@ impl Pinger {
             &self.net.latencies.get(),
         );
         state.counters.count(&report);
-        if state.silent.remove(&answer.agent) {
+        if state.silent.ends(&answer.agent) {
             tracing::info!(agent = %answer.agent, "an agent answers pings again");
         }
         for waiter in answer.waiters {
@@ -194,6 +197,18 @@ impl Pinger {
             // The next tick has a newer result.
             tracing::debug!(%error, "the result of a ping is not recorded");
         }
+    }
+}
+
+impl Silent {
+    /// An agent did not answer; whether that is news.
+    fn begins(&mut self, agent: Uuid) -> bool {
+        self.0.insert(agent)
+    }
+
+    /// An agent answered; whether that is news.
+    fn ends(&mut self, agent: &Uuid) -> bool {
+        self.0.remove(agent)
     }
 }
 
@@ -290,8 +305,20 @@ mod tests {
         let pong =
             Pong { peer: key(1), txid: [7; 12], region: Some(RegionId(1)), received_at: Instant::now() };
         setting.hear(Message::Pong(pong)).await;
-        assert!(setting.state.silent.is_empty());
+        assert!(setting.state.silent.0.is_empty());
         assert_eq!(setting.part.net.registry.depth(), 0);
+    }
+
+    /// Conforms: vpn:15.11
+    #[test]
+    fn the_silence_of_an_agent_is_told_once_until_it_answers_again() {
+        let (mut silent, agent) = (Silent::default(), Uuid::from_u128(1));
+        assert!(!silent.ends(&agent), "who was not silent");
+        for _ in 0..2 {
+            assert!(silent.begins(agent));
+            assert!(!silent.begins(agent), "not at every tick");
+            assert!(silent.ends(&agent));
+        }
     }
 
     struct Setting {

@@ -250,6 +250,7 @@ mod tests {
         assert_eq!(setting.agent(1).unwrap().last_ping.unwrap().latency, Duration::from_millis(99));
     }
 
+    /// Conforms: vpn:15.17
     #[tokio::test]
     async fn the_interface_has_our_address_and_the_one_route() {
         let setting = Setting::new(Arc::new(net(NetworkOwner::Nobody))).await;

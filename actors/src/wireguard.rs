@@ -44,6 +44,8 @@ const RESPONSE: u8 = 2;
 const TRANSPORT: u8 = 4;
 /// An empty transport message: nothing shorter is WireGuard's.
 const SHORTEST: usize = 32;
+/// boringtun keeps so many packets for a session to come, and drops the next ones without a word.
+const MAX_WAITING: u64 = 256;
 
 /// The length of a packet of `len` bytes when padded.
 pub const fn padded(len: usize) -> usize {
@@ -97,6 +99,11 @@ pub enum Opened {
         /// Whether it confirmed a session.
         session: Session,
     },
+    /// It is the peer's, but what was inside is no IP packet.
+    Malformed {
+        /// Whether it confirmed a session.
+        session: Session,
+    },
     /// It was not made by this peer for us, is a repetition, or nonsense.
     Refused,
 }
@@ -118,7 +125,10 @@ pub enum Ticked {
     /// The output holds this many bytes for the peer.
     Send(usize),
     /// A handshake was tried for 90 s and given up, with the packets that waited for it.
-    GaveUp,
+    GaveUp {
+        /// How many they were.
+        lost: u64,
+    },
 }
 
 /// One peer's tunnel. Calls never wait; each output buffer must have the room that the functions above
@@ -184,6 +194,7 @@ impl Engines {
             established: None,
             is_initiating: false,
             unconfirmed: None,
+            waiting: 0,
             last_handshake: None,
         }
     }
@@ -213,6 +224,8 @@ struct Boring {
     is_initiating: bool,
     /// The receiver index of a session we answered and the peer has not used yet.
     unconfirmed: Option<u32>,
+    /// Packets that boringtun keeps for a session to come.
+    waiting: u64,
     last_handshake: Option<SystemTime>,
 }
 
@@ -223,6 +236,7 @@ impl Engine for Boring {
                 let (kind, len) = (kind(sent), sent.len());
                 self.note_sent(now, kind);
                 if kind != Some(TRANSPORT) {
+                    self.waiting = MAX_WAITING.min(self.waiting + 1);
                     return Sealed::Handshake(len);
                 }
                 if !packet.is_empty() {
@@ -230,10 +244,14 @@ impl Engine for Boring {
                 }
                 Sealed::Data(len)
             }
-            TunnResult::Done => Sealed::Waiting,
-            TunnResult::Err(_) | TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..) => {
-                Sealed::Refused
+            TunnResult::Done if self.waiting < MAX_WAITING => {
+                self.waiting += 1;
+                Sealed::Waiting
             }
+            TunnResult::Done
+            | TunnResult::Err(_)
+            | TunnResult::WriteToTunnelV4(..)
+            | TunnResult::WriteToTunnelV6(..) => Sealed::Refused,
         }
     }
 
@@ -253,6 +271,10 @@ impl Engine for Boring {
                 let session = self.note_answer(now, kind, index);
                 Opened::Answer { len, session }
             }
+            // boringtun has no other name for what it opened and could not read.
+            TunnResult::Err(WireGuardError::InvalidPacket) if is_transport(datagram) => {
+                Opened::Malformed { session: self.note_received(now, datagram) }
+            }
             TunnResult::Err(_) => Opened::Refused,
         }
     }
@@ -261,8 +283,12 @@ impl Engine for Boring {
         if !self.has_session() {
             return None;
         }
-        let TunnResult::WriteToNetwork(sent) = self.tunnel.decapsulate(None, &[], out) else { return None };
+        let TunnResult::WriteToNetwork(sent) = self.tunnel.decapsulate(None, &[], out) else {
+            self.waiting = 0;
+            return None;
+        };
         let (kind, len) = (kind(sent), sent.len());
+        self.waiting = self.waiting.saturating_sub(1);
         self.note_sent(now, kind);
         Some(len)
     }
@@ -279,8 +305,9 @@ impl Engine for Boring {
             }
             TunnResult::Err(WireGuardError::ConnectionExpired) if self.is_initiating => {
                 self.is_initiating = false;
-                return Ticked::GaveUp;
+                return Ticked::GaveUp { lost: std::mem::take(&mut self.waiting) };
             }
+            TunnResult::Err(WireGuardError::ConnectionExpired) => self.waiting = 0,
             _ => {}
         }
         self.keep_alive(now, out)
@@ -325,9 +352,7 @@ impl Boring {
         self.last_received = now;
         self.unanswered_since = None;
         // The receiver index of a transport message stands where the sender index of a response does.
-        if kind(datagram) == Some(TRANSPORT)
-            && self.unconfirmed.is_some()
-            && self.unconfirmed == sender_index(datagram)
+        if is_transport(datagram) && self.unconfirmed.is_some() && self.unconfirmed == sender_index(datagram)
         {
             self.unconfirmed = None;
             return self.note_established(now);
@@ -393,6 +418,11 @@ fn kind(message: &[u8]) -> Option<u8> {
     message.first().copied()
 }
 
+/// Whether boringtun takes it for a transport message; the bytes behind the type must be zero.
+fn is_transport(message: &[u8]) -> bool {
+    message.len() >= SHORTEST && message.starts_with(&[TRANSPORT, 0, 0, 0])
+}
+
 fn sender_index(message: &[u8]) -> Option<u32> {
     let (index, _) = message.get(4..)?.split_first_chunk()?;
     Some(u32::from_le_bytes(*index))
@@ -449,6 +479,38 @@ mod tests {
         assert_eq!(pair.b.open(Instant::now(), &sealed, &mut room()), Opened::Refused);
         sealed[40] ^= 1;
         assert_eq!(pair.b.open(Instant::now(), &sealed, &mut room()), Opened::Refused);
+    }
+
+    #[test]
+    fn a_session_is_confirmed_also_by_a_packet_that_cannot_be_read() {
+        let mut pair = Pair::new();
+        let now = Instant::now();
+        let mut out = room();
+        let len = pair.a.initiate(now, &mut out).unwrap();
+        let response = answer(&mut *pair.b, &out[..len], Session::Unchanged);
+        let _confirmation = answer(&mut *pair.a, &response, Session::New);
+        // B hears this instead of the confirmation.
+        let nonsense = seal(&mut *pair.a, &[0xff; 48]);
+        let opened = pair.b.open(now, &nonsense, &mut room());
+        assert_eq!(opened, Opened::Malformed { session: Session::New });
+        assert!(pair.b.last_handshake().is_some());
+        let nonsense = seal(&mut *pair.a, &[0xff; 48]);
+        let opened = pair.b.open(now, &nonsense, &mut room());
+        assert_eq!(opened, Opened::Malformed { session: Session::Unchanged });
+    }
+
+    #[test]
+    fn a_packet_too_many_for_the_session_to_come_is_refused() {
+        let mut pair = Pair::new();
+        let now = Instant::now();
+        assert!(matches!(pair.a.seal(now, &packet_padded(64), &mut room()), Sealed::Handshake(148)));
+        for _ in 1..MAX_WAITING {
+            assert_eq!(pair.a.seal(now, &packet_padded(64), &mut room()), Sealed::Waiting);
+        }
+        assert_eq!(pair.a.seal(now, &packet_padded(64), &mut room()), Sealed::Refused);
+        pair.shake_hands();
+        assert_eq!(std::iter::from_fn(|| drain(&mut *pair.a)).count() as u64, MAX_WAITING);
+        assert_eq!(pair.a_to_b(&packet(64)), packet(64));
     }
 
     #[test]

@@ -11,6 +11,8 @@ pub(crate) enum Drop {
     UnknownPeer,
     /// The engine did not accept it: forged, repeated, or of a session that is over.
     Refused,
+    /// What was inside is no IP packet.
+    Inner,
     /// The inner source is not the peer's.
     Source,
     /// The inner destination is not ours.
@@ -31,11 +33,14 @@ pub(crate) enum Drop {
     QueueFull,
     /// The engine would not seal it.
     Unsealed,
+    /// It waited for a session that never came.
+    NoSession,
 }
 
-const DROPS: [(Drop, &str, &str); 12] = [
+const DROPS: [(Drop, &str, &str); 14] = [
     (Drop::UnknownPeer, "receive", "unknown_peer"),
     (Drop::Refused, "receive", "refused"),
+    (Drop::Inner, "receive", "inner"),
     (Drop::Source, "receive", "source"),
     (Drop::Destination, "receive", "destination"),
     (Drop::Disco, "receive", "disco"),
@@ -46,6 +51,7 @@ const DROPS: [(Drop, &str, &str); 12] = [
     (Drop::NoLink, "transmit", "no_link"),
     (Drop::QueueFull, "transmit", "queue_full"),
     (Drop::Unsealed, "transmit", "unsealed"),
+    (Drop::NoSession, "transmit", "no_session"),
 ];
 
 /// Handles of every counter.
@@ -86,6 +92,11 @@ impl Amount {
     pub(crate) fn add(&mut self, len: usize) {
         self.packets += 1;
         self.bytes += len as u64;
+    }
+
+    /// What came in addition since it was `before`.
+    pub(crate) fn since(self, before: Self) -> Self {
+        Self { packets: self.packets - before.packets, bytes: self.bytes - before.bytes }
     }
 }
 

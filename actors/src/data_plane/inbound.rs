@@ -7,7 +7,7 @@ use warren_proto::{disco::is_probe, key::NodePublic};
 
 use super::{
     Plane,
-    counters::{Amount, Drop, Tally},
+    counters::{Drop, Tally},
     disco,
     inner::{self, Content, Header},
     peers::{Peer, Settings},
@@ -19,7 +19,7 @@ use crate::{
         link::Link,
         queue::{Frames, Full},
     },
-    wireguard::{Engine, Opened, Sealed, Session, open_room, padded, seal_room},
+    wireguard::{Engine, OVERHEAD, Opened, Sealed, Session, open_room, padded, seal_room},
 };
 
 /// Opened packets of one batch. A read brings at most 128 KiB; a batch that is larger is written in two.
@@ -98,7 +98,7 @@ impl Inbound {
         };
         peer.learn_region(batch.link.region());
         let settings = peer.settings();
-        let before = batch.tally.received;
+        let (received, sent) = (batch.tally.received, batch.tally.sent);
         let mut engine = peer.engine();
         let mut session = Session::Unchanged;
         for (_, packet) in run {
@@ -114,11 +114,7 @@ impl Inbound {
             self.drain(batch, &peer, &mut **engine);
         }
         drop(engine);
-        let received = Amount {
-            packets: batch.tally.received.packets - before.packets,
-            bytes: batch.tally.received.bytes - before.bytes,
-        };
-        peer.count(received, Amount::default());
+        peer.count(batch.tally.received.since(received), batch.tally.sent.since(sent));
         if session == Session::New {
             batch.plane.counters.handshakes_completed.increment(1);
             batch.plane.events.handshake(peer.key);
@@ -151,6 +147,10 @@ impl Inbound {
                 session
             }
             Opened::Nothing { session } => session,
+            Opened::Malformed { session } => {
+                batch.tally.drop(Drop::Inner);
+                session
+            }
             Opened::Refused => {
                 batch.tally.drop(Drop::Refused);
                 Session::Unchanged
@@ -202,15 +202,18 @@ impl Inbound {
         }
     }
 
-    /// Sends the packets that waited for a session.
+    /// Sends the packets that waited for a session. They count with their padding: the engine has forgotten how
+    /// long they were.
     fn drain(&mut self, batch: &mut Batch<'_>, peer: &Peer, engine: &mut dyn Engine) {
         let room = seal_room(MAX_FRAME);
         let start = self.room(batch, room);
         while let Some(out) = self.buffer.get_mut(start..start + room)
             && let Some(len) = engine.drain(batch.now, out)
         {
-            if let Some(packet) = out.get(..len) {
-                count_unsent(batch.link.send(&peer.key, packet), &mut batch.tally);
+            let Some(packet) = out.get(..len) else { continue };
+            match batch.link.send(&peer.key, packet) {
+                Ok(()) => batch.tally.sent.add(len.saturating_sub(OVERHEAD)),
+                Err(Full) => batch.tally.drop(Drop::QueueFull),
             }
         }
     }

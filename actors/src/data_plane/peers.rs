@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     net::Ipv6Addr,
+    ops::Deref,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering},
@@ -12,7 +13,10 @@ use std::{
 
 use arc_swap::ArcSwap;
 use dashmap::DashMap;
-use warren_core::{coordination, relay_map::RegionId};
+use warren_core::{
+    coordination::{self, NetworkMap},
+    relay_map::RegionId,
+};
 use warren_proto::key::{BoxShared, DiscoPrivate, DiscoPublic, NodePublic};
 
 use super::{PeerStats, TxId, counters::Amount};
@@ -183,14 +187,17 @@ impl Peers {
         self.by_key.iter().map(|peer| Arc::clone(&peer)).collect()
     }
 
-    /// Makes the tables equal to `map`. Returns the peers whose tunnel is to be warmed up at once.
-    pub(crate) fn set(
+    /// Makes the tables equal to the latest map. Returns the peers whose tunnel is to be warmed up at once.
+    /// `latest` is asked only when no other writer can come in between: who was overtaken must not bring back
+    /// an older map.
+    pub(crate) fn set<M: Deref<Target = NetworkMap>>(
         &self,
-        map: &coordination::NetworkMap,
+        latest: impl FnOnce() -> M,
         engines: &Engines,
         now: Instant,
     ) -> Vec<Arc<Peer>> {
         let _writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let map = &*latest();
         let wanted: BTreeMap<NodePublic, &coordination::Peer> =
             map.peers.values().map(|peer| (peer.node_key, peer)).collect();
         let gone = |key: &NodePublic, peer: &Arc<Peer>| {
@@ -242,7 +249,7 @@ impl Peers {
     }
 
     /// Where two peers claim one address, the first one in the map has it.
-    fn make_routes(&self, map: &coordination::NetworkMap) -> Routes {
+    fn make_routes(&self, map: &NetworkMap) -> Routes {
         let mut routes = Routes::new();
         for peer in map.peers.values().filter_map(|peer| self.by_key(&peer.node_key)) {
             for address in &peer.settings().addresses {
@@ -264,12 +271,12 @@ mod tests {
     fn a_peer_keeps_its_engine_when_only_home_addresses_or_keepalive_change() {
         let (peers, engines) = (Peers::new(), engines());
         let mut map = network(1);
-        peers.set(&map, &engines, Instant::now());
+        peers.set(|| &map, &engines, Instant::now());
         let before = peers.by_key(&key(0)).unwrap();
         let peer = map.peers.get_mut(&Uuid::from_u128(0)).unwrap();
         peer.home = RegionId(7);
         peer.addresses = vec![address(99)];
-        peers.set(&map, &engines, Instant::now());
+        peers.set(|| &map, &engines, Instant::now());
         let after = peers.by_key(&key(0)).unwrap();
         assert!(Arc::ptr_eq(&before, &after));
         assert_eq!(after.settings().home, RegionId(7));
@@ -281,13 +288,13 @@ mod tests {
     fn another_disco_or_node_key_makes_another_peer() {
         let (peers, engines) = (Peers::new(), engines());
         let mut map = network(1);
-        peers.set(&map, &engines, Instant::now());
+        peers.set(|| &map, &engines, Instant::now());
         let before = peers.by_key(&key(0)).unwrap();
         map.peers.get_mut(&Uuid::from_u128(0)).unwrap().disco_key = DiscoPublic([9; 32]);
-        peers.set(&map, &engines, Instant::now());
+        peers.set(|| &map, &engines, Instant::now());
         assert!(!Arc::ptr_eq(&before, &peers.by_key(&key(0)).unwrap()));
         map.peers.get_mut(&Uuid::from_u128(0)).unwrap().node_key = key(5);
-        peers.set(&map, &engines, Instant::now());
+        peers.set(|| &map, &engines, Instant::now());
         assert!(peers.by_key(&key(0)).is_none());
         assert!(peers.by_key(&key(5)).is_some());
         assert_eq!(peers.by_index.len(), 1);
@@ -299,19 +306,21 @@ mod tests {
         let mut map = network(2);
         map.peers.get_mut(&Uuid::from_u128(1)).unwrap().keepalive = false;
         let keys = |peers: Vec<Arc<Peer>>| peers.iter().map(|peer| peer.key).collect::<Vec<_>>();
-        assert_eq!(keys(peers.set(&map, &engines, Instant::now())), [key(0)]);
+        assert_eq!(keys(peers.set(|| &map, &engines, Instant::now())), [key(0)]);
         map.peers.get_mut(&Uuid::from_u128(1)).unwrap().keepalive = true;
-        assert_eq!(keys(peers.set(&map, &engines, Instant::now())), [key(1)]);
-        assert!(peers.set(&map, &engines, Instant::now()).is_empty());
+        assert_eq!(keys(peers.set(|| &map, &engines, Instant::now())), [key(1)]);
+        assert!(peers.set(|| &map, &engines, Instant::now()).is_empty());
     }
 
     #[test]
     fn a_removed_peer_leaves_every_table() {
         let (peers, engines) = (Peers::new(), engines());
-        peers.set(&network(3), &engines, Instant::now());
+        let map = network(3);
+        peers.set(|| &map, &engines, Instant::now());
         let index = peers.by_key(&key(2)).unwrap().index;
         assert!(peers.by_receiver_index(index << 8 | 5).is_some());
-        peers.set(&network(2), &engines, Instant::now());
+        let map = network(2);
+        peers.set(|| &map, &engines, Instant::now());
         assert!(peers.by_key(&key(2)).is_none());
         assert!(peers.by_receiver_index(index << 8).is_none());
         assert_eq!(peers.routes().len(), 2);
@@ -322,14 +331,25 @@ mod tests {
         let (peers, engines) = (Peers::new(), engines());
         let mut map = network(2);
         map.peers.get_mut(&Uuid::from_u128(1)).unwrap().addresses = vec![address(0)];
-        peers.set(&map, &engines, Instant::now());
+        peers.set(|| &map, &engines, Instant::now());
         assert_eq!(peers.routes().get(&address(0)).unwrap().key, key(0));
+    }
+
+    #[test]
+    fn the_map_is_read_by_the_one_writer_and_not_before_its_turn() {
+        let (peers, engines, map) = (Peers::new(), engines(), network(1));
+        let latest = || {
+            assert!(peers.writer.try_lock().is_err());
+            &map
+        };
+        assert_eq!(peers.set(latest, &engines, Instant::now()).len(), 1);
     }
 
     #[test]
     fn a_repeated_ping_is_answered_once() {
         let (peers, engines) = (Peers::new(), engines());
-        peers.set(&network(1), &engines, Instant::now());
+        let map = network(1);
+        peers.set(|| &map, &engines, Instant::now());
         let peer = peers.by_key(&key(0)).unwrap();
         assert!(peer.is_new_ping(RegionId(1), [1; 12]));
         assert!(!peer.is_new_ping(RegionId(1), [1; 12]));
@@ -341,7 +361,7 @@ mod tests {
         Engines::new(&NodePrivate::generate())
     }
 
-    fn network(peers: u8) -> coordination::NetworkMap {
+    fn network(peers: u8) -> NetworkMap {
         let peer = |number: u8| coordination::Peer {
             node_key: key(number),
             disco_key: DiscoPublic([number + 1; 32]),
@@ -350,7 +370,7 @@ mod tests {
             keepalive: true,
         };
         let peers = (0..peers).map(|number| (Uuid::from_u128(u128::from(number)), peer(number))).collect();
-        coordination::NetworkMap { peers }
+        NetworkMap { peers }
     }
 
     fn key(number: u8) -> NodePublic {

@@ -352,7 +352,7 @@ impl Peer {
                 Opened::Packet { len, .. } => return opened[..len].to_vec(),
                 Opened::Answer { len, .. } => self.send(&opened[..len]).await,
                 Opened::Nothing { .. } => {}
-                Opened::Refused => panic!("the agent's datagram was refused"),
+                Opened::Refused | Opened::Malformed { .. } => panic!("the agent's datagram was refused"),
             }
             while let Some(length) = self.engine.drain(std::time::Instant::now(), &mut out) {
                 let sealed = out[..length].to_vec();

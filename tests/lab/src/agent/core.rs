@@ -234,7 +234,7 @@ impl Core {
                 wire::put(&mut self.out, wire::SEND_PACKET, &[&from.0, answer]);
                 session
             }
-            Opened::Nothing { session } => session,
+            Opened::Nothing { session } | Opened::Malformed { session } => session,
             Opened::Refused => return,
         };
         if session == Session::New {

@@ -30,6 +30,7 @@ pub(crate) fn check((major, minor): (i64, i64), requested: &str) -> Result<(), S
 mod tests {
     use super::*;
 
+    /// Conforms: control:H13
     #[test]
     fn versions_are_taken_and_refused_in_a_deployments_words() {
         for taken in ["2.0", "2.3", "2.10", "+2.3", "2.-1"] {
