@@ -57,6 +57,7 @@ fn curl_and_ping_reach_an_agent_through_the_device() {
     lab.end();
 }
 
+/// Conforms: vpn:15.36
 #[test]
 fn the_first_ping_is_reported_right_after_the_start() {
     if !can_isolate("the_first_ping_is_reported_right_after_the_start") {
@@ -284,6 +285,7 @@ fn an_interrupt_ends_the_lab_at_once_and_leaves_nothing() {
     lab.check_that_nothing_is_left();
 }
 
+/// Conforms: vpn:15.33
 #[test]
 fn nothing_shells_out() {
     if !can_isolate("nothing_shells_out") {

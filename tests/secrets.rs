@@ -46,6 +46,7 @@ fn start(deployment: &Deployment, service: &ServiceProcess, token: &str) -> vpn:
     })
 }
 
+/// Conforms: vpn:16.2.5
 #[test]
 fn canaries_in_token_and_headers_are_shown_nowhere() {
     let (deployment, service) = (Deployment::start(1), ServiceProcess::start());

@@ -14,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use futures::TryStreamExt;
 use rustix::process::{Pid, Signal};
 use support::{LIMIT, WARREN, can_isolate};
 use tokio::{
@@ -21,12 +22,13 @@ use tokio::{
     process::{Child, ChildStdin, ChildStdout, Command},
     time::{sleep, timeout},
 };
-use warren_lab::{Ended, Lab, LabOptions};
+use warren_lab::{Ended, Lab, LabOptions, Recording};
 use warren_proto::{
     frame::{self, Decoder, MAX_FRAME},
     vpn::{
-        GetPeerUpdate, ManagerMessage, NetworkSettingsResponse, PeerUpdate, Rpc, StartRequest, StartResponse,
-        StopRequest, StopResponse, TunnelMessage, manager_message::Msg as Order, tunnel_message::Msg,
+        Agent, GetPeerUpdate, ManagerMessage, NetworkSettingsResponse, PeerUpdate, Rpc, StartRequest,
+        StartResponse, StopRequest, StopResponse, TunnelMessage, manager_message::Msg as Order,
+        start_request, tunnel_message::Msg,
     },
 };
 use warren_supervisor::link::LinkClient;
@@ -40,6 +42,7 @@ mod command_line {
     /// What the reference says after its own error, from closing what the manager had closed.
     const ITS_OWN_DEFECT: &str = "vpn-daemon run --rpc-read-handle 0 --rpc-write-handle 1";
 
+    /// Conforms: vpn:C7
     #[tokio::test]
     async fn every_recorded_command_line_is_answered_as_recorded() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("proto/tests/vectors/vpn/command-line.json");
@@ -82,14 +85,19 @@ mod command_line {
         assert_eq!(lines(&tunnel.stderr().await).last().unwrap(), error);
     }
 
+    /// Conforms: vpn:C8
     #[tokio::test]
     async fn a_handshake_that_cannot_be_understood_ends_with_status_1_and_says_what_came() {
-        let mut tunnel = Tunnel::spawn(&[], Handed::Nothing).await;
-        tunnel.write(b"codervpn client 1.3\n").await;
-        assert_eq!(tunnel.exit().await, 1);
-        let error = "error: create new tunnel for client: handshake failed: validate header (codervpn client \
-                     1.3): unexpected role";
-        assert_eq!(lines(&tunnel.stderr().await).last().unwrap(), error);
+        for (line, error) in [
+            ("codervpn client 1.3", "validate header (codervpn client 1.3): unexpected role"),
+            ("garbage", "validate header (garbage): wrong number of parts"),
+        ] {
+            let mut tunnel = Tunnel::spawn(&[], Handed::Nothing).await;
+            tunnel.write(format!("{line}\n").as_bytes()).await;
+            assert_eq!(tunnel.exit().await, 1);
+            let error = format!("error: create new tunnel for client: handshake failed: {error}");
+            assert_eq!(lines(&tunnel.stderr().await).last().unwrap(), &error);
+        }
     }
 
     #[tokio::test]
@@ -117,6 +125,92 @@ mod requests {
         assert_eq!(tunnel.frame().await, answer(1, Msg::PeerUpdate(PeerUpdate::default())));
     }
 
+    /// Conforms: vpn:T1 vpn:16.2.5
+    #[tokio::test]
+    async fn what_a_start_names_has_reached_the_deployment_when_it_is_answered_and_each_header_once() {
+        let lab = lab().await;
+        let mut tunnel = Tunnel::greeted().await;
+        let gate = start_request::Header { name: "X-Gate".to_owned(), value: "open".to_owned() };
+        let Order::Start(plain) = start(&lab, lab.token(), 0) else { unreachable!() };
+        let order = StartRequest {
+            headers: vec![gate],
+            device_id: "device".to_owned(),
+            device_os: "Linux".to_owned(),
+            coder_desktop_version: "1.2.3".to_owned(),
+            ..plain
+        };
+        tunnel.send(1, Order::Start(order)).await;
+        let response = tunnel.start_response(1).await;
+        assert!(response.success, "{response:?}");
+        assert_eq!(lab.control().connections(), 1, "the connection exists");
+        let telemetry = r#"{"device_id":"device","device_os":"Linux","coder_desktop_version":"1.2.3"}"#;
+        let asked = lab.control().recording().requests;
+        for path in ["/api/v2/users/me", "/api/v2/workspaceagents/connection", "/api/v2/tailnet"] {
+            let request = asked.iter().find(|request| request.path == path).expect(path);
+            for (name, value) in [
+                ("coder-session-token", lab.token()),
+                ("x-gate", "open"),
+                ("coder-desktop-telemetry", telemetry),
+            ] {
+                assert_eq!(request.header(name).collect::<Vec<_>>(), [value], "{path}: {name}");
+            }
+        }
+        tunnel.pinged().await;
+        let asked = lab.control().recording().requests;
+        assert!(asked.iter().any(|request| request.path == "/derp"));
+        for request in asked {
+            let (tokens, gates) =
+                (request.header("coder-session-token").count(), request.header("x-gate").count());
+            assert_eq!((tokens, gates), (1, 1), "{}", request.path);
+        }
+    }
+
+    /// Conforms: vpn:T7 vpn:C5 control:H4
+    #[tokio::test]
+    async fn what_is_told_on_request_is_what_was_told_unasked() {
+        let lab = Lab::start(LabOptions { agents: 2, ..LabOptions::default() }).await.unwrap();
+        let mut tunnel = Tunnel::greeted().await;
+        tunnel.send(1, start(&lab, lab.token(), 0)).await;
+        let (mut told, mut has_started) = (PeerUpdate::default(), false);
+        while !has_started || told.upserted_workspaces.is_empty() {
+            let message = tunnel.frame().await;
+            match message.msg {
+                Some(Msg::Start(response)) => has_started = response.success,
+                Some(Msg::PeerUpdate(update)) if told.upserted_workspaces.is_empty() => {
+                    assert_eq!(message.rpc, None);
+                    told = update;
+                }
+                Some(Msg::PeerUpdate(_)) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        tunnel.send(2, Order::GetPeerUpdate(GetPeerUpdate {})).await;
+        let known = loop {
+            let message = tunnel.frame().await;
+            match message.msg {
+                Some(Msg::PeerUpdate(update)) if message.rpc == Some(Rpc::response(2)) => break update,
+                Some(Msg::PeerUpdate(_)) => assert_eq!(message.rpc, None),
+                other => panic!("{other:?}"),
+            }
+        };
+        let agents = |update: &PeerUpdate| {
+            let plain = |it: &Agent| Agent { last_handshake: None, last_ping: None, ..it.clone() };
+            update.upserted_agents.iter().map(plain).collect::<Vec<_>>()
+        };
+        assert_eq!(known.upserted_workspaces, told.upserted_workspaces);
+        assert_eq!(agents(&known), agents(&told));
+        assert_eq!((known.upserted_workspaces.len(), known.upserted_agents.len()), (2, 2));
+        assert!(known.upserted_workspaces.is_sorted_by(|a, b| a.id < b.id));
+        assert!(known.deleted_workspaces.is_empty() && known.deleted_agents.is_empty());
+        assert!(told.deleted_workspaces.is_empty() && told.deleted_agents.is_empty());
+        for agent in lab.agents() {
+            let known =
+                known.upserted_agents.iter().find(|it| it.id == agent.id.as_bytes().as_slice()).unwrap();
+            assert_eq!((&known.fqdn, &known.ip_addrs), (&agent.fqdn, &vec![agent.address.to_string()]));
+        }
+    }
+
+    /// Conforms: vpn:15.18 vpn:15.38
     #[tokio::test]
     async fn a_start_that_was_refused_leaves_nothing_in_the_way_of_the_next() {
         let lab = lab().await;
@@ -187,6 +281,7 @@ mod own_network {
     /// Set for the test's second life, inside namespaces of its own.
     const INSIDE: &str = "WARREN_TEST_INSIDE";
 
+    /// Conforms: vpn:15.17 vpn:15.18 vpn:15.38
     #[tokio::test]
     async fn a_tunnel_that_owns_its_network_makes_and_sets_a_device_that_goes_with_it() {
         if std::env::var_os(INSIDE).is_some() {
@@ -210,8 +305,12 @@ mod own_network {
 
     async fn inside() {
         loopback_up().await;
+        let rules = rules().await;
         let lab = lab().await;
         let mut tunnel = Tunnel::spawn(&["--no-device=false"], Handed::Nothing).await.greet().await;
+        tunnel.send(8, start(&lab, "wrong-token", 0)).await;
+        assert!(!tunnel.start_response(8).await.success);
+        eventually(|| !has("dev", "warren0:")).await;
         tunnel.start(&lab).await;
         // Start does not wait for the kernel to have everything.
         eventually(|| has("if_inet6", "fd60627aa42b")).await;
@@ -219,6 +318,7 @@ mod own_network {
         let agent = &lab.agents()[0];
         let page = timeout(LIMIT, fetch((agent.address, agent.http_port))).await.unwrap();
         assert!(page.starts_with("HTTP/1.1 200"), "{page}");
+        assert_eq!(self::rules().await, rules, "one route is all it takes");
 
         tunnel.send(2, Order::Stop(StopRequest {})).await;
 
@@ -240,6 +340,16 @@ mod own_network {
         handle.link().set(up).execute().await.unwrap();
     }
 
+    /// The rules of all tables of routes.
+    async fn rules() -> String {
+        let (connection, handle, _) = rtnetlink::new_connection().unwrap();
+        tokio::spawn(connection);
+        let rules: Vec<_> =
+            handle.rule().get(rtnetlink::IpVersion::V6).execute().try_collect().await.unwrap();
+        assert!(!rules.is_empty());
+        format!("{rules:?}")
+    }
+
     async fn fetch(server: (std::net::Ipv6Addr, u16)) -> String {
         let mut stream = tokio::net::TcpStream::connect(server).await.unwrap();
         stream.write_all(b"GET / HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n").await.unwrap();
@@ -252,6 +362,7 @@ mod own_network {
 mod ends {
     use super::*;
 
+    /// Conforms: vpn:T2 vpn:15.1
     #[tokio::test]
     async fn the_answer_to_a_stop_is_the_last_frame_and_the_deployment_hears_a_goodbye() {
         let lab = lab().await;
@@ -264,6 +375,28 @@ mod ends {
         said_goodbye(&lab).await;
     }
 
+    /// Conforms: vpn:T18
+    #[tokio::test]
+    async fn a_stop_waits_for_no_ping() {
+        let lab = lab().await;
+        let agent = lab.agents()[0].id;
+        let (mut tunnel, link) = Tunnel::linked(&[]).await;
+        tunnel.start(&lab).await;
+        tunnel.pinged().await;
+        lab.mute_agent(agent, true);
+        let asker = link.clone();
+        let pinging = tokio::spawn(async move { asker.ping_agent(agent, Duration::from_secs(30)).await });
+        let impatient = link.ping_agent(agent, Duration::from_millis(200)).await.unwrap();
+        assert!(impatient.is_err() && !pinging.is_finished(), "{impatient:?}");
+        tunnel.send(9, Order::Stop(StopRequest {})).await;
+        let stopped = StopResponse { success: true, error_message: String::new() };
+        assert_eq!(tunnel.rest().await.pop().unwrap(), answer(9, Msg::Stop(stopped)));
+        assert_eq!(tunnel.exit().await, 0);
+        let unanswered = pinging.await.unwrap();
+        assert!(!matches!(unanswered, Ok(Ok(_))), "{unanswered:?}");
+    }
+
+    /// Conforms: vpn:15.1
     #[tokio::test]
     async fn a_manager_that_goes_ends_the_tunnel_with_status_69() {
         let lab = lab().await;
@@ -283,6 +416,7 @@ mod ends {
         said_goodbye(&lab).await;
     }
 
+    /// Conforms: vpn:15.15
     #[tokio::test]
     async fn a_signal_ends_the_tunnel_in_order_with_status_0() {
         for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
@@ -348,6 +482,32 @@ mod private_link {
         assert!(!exposition.contains(lab.token()));
         let ping = link.ping_agent(lab.agents()[0].id, Duration::from_secs(20)).await.unwrap().unwrap();
         assert!(!ping.direct && ping.latency > Duration::ZERO);
+    }
+
+    /// Conforms: control:D11
+    #[tokio::test]
+    async fn pings_go_on_after_the_relay_the_control_plane_and_both_were_gone() {
+        let lab = lab().await;
+        let (mut tunnel, link) = Tunnel::linked(&[]).await;
+        tunnel.start(&lab).await;
+        tunnel.pinged().await;
+        let (control, agent) = (lab.control(), lab.agents()[0].id);
+        for (relay_goes, control_goes) in [(true, false), (false, true), (true, true)] {
+            let dials = control.recording().connections.len();
+            if relay_goes {
+                lab.relay().kill_connections();
+            }
+            if control_goes {
+                control.drop_connections();
+                let is_back = |seen: &Recording| (seen.connections.len() > dials).then_some(());
+                control.wait(LIMIT, is_back).await.expect("another connection");
+            }
+            let before = lab.agent_stats(agent).disco_pings;
+            let answered =
+                async { while !matches!(link.ping_agent(agent, Duration::from_secs(5)).await, Ok(Ok(_))) {} };
+            timeout(LIMIT, answered).await.expect("an answer");
+            assert!(lab.agent_stats(agent).disco_pings > before);
+        }
     }
 
     #[tokio::test]

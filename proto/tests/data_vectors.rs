@@ -112,6 +112,7 @@ fn boxes_are_sealed_and_opened_as_recorded() {
     }
 }
 
+/// Conforms: control:N12
 #[test]
 fn an_id_gives_the_addresses_and_the_label_recorded() {
     for vector in vectors("addresses", "uuid-") {

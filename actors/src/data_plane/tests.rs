@@ -62,6 +62,39 @@ async fn a_packet_without_a_session_waits_for_the_handshake_it_starts() {
     }
 }
 
+/// What is left of the device's 1280 bytes behind the headers of IPv6 and UDP.
+///
+/// Conforms: control:D11
+#[tokio::test]
+async fn a_datagram_of_1232_bytes_is_echoed() {
+    let world = World::new().await;
+    let (mut a, mut b) = (world.side(1), world.side(2));
+    world.join_cold(&a, &b).await;
+    for _ in 0..10 {
+        a.device.send(&packet(&a, &b, 40 + 8 + 1232)).await.unwrap();
+        assert_eq!(b.read_packet().await, packet(&a, &b, 1280));
+        b.device.send(&packet(&b, &a, 1280)).await.unwrap();
+        assert_eq!(a.read_packet().await, packet(&b, &a, 1280));
+    }
+}
+
+#[tokio::test]
+async fn packets_that_waited_for_a_session_count_as_sent() {
+    let world = World::new().await;
+    let (mut a, mut b) = (world.side(1), world.side(2));
+    world.join_cold(&a, &b).await;
+    for _ in 0..3 {
+        a.device.send(&packet(&a, &b, 96)).await.unwrap();
+    }
+    for _ in 0..3 {
+        b.read_packet().await;
+    }
+    // Its last answer has come: what was drained before has been counted.
+    b.device.send(&packet(&b, &a, 100)).await.unwrap();
+    a.read_packet().await;
+    assert_eq!(a.plane.stats()[&b.key].sent_bytes, 3 * 96);
+}
+
 #[tokio::test]
 async fn a_ping_is_answered_with_a_pong_that_names_the_region() {
     let world = World::new().await;

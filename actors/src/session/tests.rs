@@ -30,6 +30,8 @@ use crate::{
     speaker::Speaker,
 };
 
+mod limits;
+
 const MANAGER_LINE: &[u8] = b"codervpn manager 1.3\n";
 const UP: LinkState = LinkState::Up { since: SystemTime::UNIX_EPOCH };
 const DESCRIPTOR: i32 = 9;
@@ -50,6 +52,7 @@ mod starting {
         assert!(matches!(rig.phase().await, Phase::Running { .. }));
     }
 
+    /// Conforms: vpn:T8
     #[tokio::test(start_paused = true)]
     async fn a_manager_that_owns_the_network_is_asked_and_must_agree_first() {
         let mut rig = Rig::new().await;
@@ -156,6 +159,7 @@ mod stopping {
         assert_eq!(rig.deps.stream.ended().await, Ended::Stopped);
     }
 
+    /// Conforms: vpn:T2
     #[tokio::test(start_paused = true)]
     async fn a_stop_is_answered_when_the_net_is_gone() {
         let mut rig = Rig::started().await;
@@ -252,6 +256,7 @@ mod peers {
         assert_eq!((everything.upserted_workspaces.len(), everything.upserted_agents.len()), (1, 2));
     }
 
+    /// Conforms: vpn:T6
     #[tokio::test(start_paused = true)]
     async fn only_differences_are_told_and_never_nothing() {
         let mut rig = Rig::started().await;
@@ -294,6 +299,7 @@ mod peers {
 mod waking {
     use super::*;
 
+    /// Conforms: vpn:T3 vpn:T5
     #[tokio::test(start_paused = true)]
     async fn every_wake_is_answered_and_at_most_one_in_five_seconds_is_passed_on() {
         let mut rig = Rig::new().await;

@@ -31,6 +31,7 @@ use crate::{
 
 const LIMIT: Duration = Duration::from_secs(30);
 
+/// Conforms: control:L7
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_hears_of_relays_workspaces_and_agents_over_one_websocket() {
     let lab = Lab::start(LabOptions { agents: 2, ..LabOptions::default() }).await.unwrap();
@@ -59,6 +60,9 @@ async fn a_client_hears_of_relays_workspaces_and_agents_over_one_websocket() {
     assert_eq!(Uuid::from_slice(&node.peer_updates[0].id).unwrap(), agent);
     let ready: tailnet::CoordinateResponse = stream.hear().await;
     assert_eq!(ready.peer_updates[0].kind(), Kind::ReadyForHandshake);
+    stream.say(&own_node(&NodePrivate::generate(), &DiscoPrivate::generate())).await;
+    let again: tailnet::CoordinateResponse = stream.hear().await;
+    assert_eq!(again.peer_updates[0].kind(), Kind::ReadyForHandshake, "each node is answered");
     lab.stop().await;
 }
 
