@@ -96,3 +96,51 @@ fn duration(span: Duration) -> prost_types::Duration {
 fn nanos(span: Duration) -> i32 {
     i32::try_from(span.subsec_nanos()).unwrap_or(i32::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv6Addr;
+
+    use super::*;
+
+    /// Conforms: vpn:T9
+    #[test]
+    fn agents_and_workspaces_are_told_field_by_field_and_a_deleted_agent_without_times() {
+        let (workspace_id, agent_id) = (Uuid::from_u128(1), Uuid::from_u128(0xb));
+        let entry = AgentEntry {
+            name: "Main".to_owned(),
+            workspace_id,
+            fqdn: vec!["dev.coder.".to_owned(), "main.dev.me.coder.".to_owned()],
+            addresses: vec![Ipv6Addr::new(0xfd60, 0x627a, 0xa42b, 0, 0, 0, 0, 0xb)],
+            last_handshake: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000)),
+            last_ping: None,
+        };
+        let workspace = WorkspaceEntry { name: "Dev".to_owned(), status: 3 };
+        let known =
+            Snapshot { workspaces: [(workspace_id, workspace)].into(), agents: [(agent_id, entry)].into() };
+
+        let told = difference(&Snapshot::default(), &known).unwrap();
+        let workspace = vpn::Workspace {
+            id: raw(&workspace_id),
+            name: "Dev".to_owned(),
+            status: vpn::workspace::Status::Running.into(),
+        };
+        let agent = vpn::Agent {
+            id: raw(&agent_id),
+            name: "Main".to_owned(),
+            workspace_id: raw(&workspace_id),
+            fqdn: vec!["dev.coder.".to_owned(), "main.dev.me.coder.".to_owned()],
+            ip_addrs: vec!["fd60:627a:a42b::b".to_owned()],
+            last_handshake: Some(prost_types::Timestamp { seconds: 1_700_000_000, nanos: 0 }),
+            last_ping: None,
+        };
+        assert_eq!(
+            (told.upserted_workspaces, told.upserted_agents),
+            (vec![workspace.clone()], vec![agent.clone()])
+        );
+
+        let gone = difference(&known, &Snapshot::default()).unwrap();
+        let agent = vpn::Agent { last_handshake: None, ..agent };
+        assert_eq!((gone.deleted_workspaces, gone.deleted_agents), (vec![workspace], vec![agent]));
+    }
+}
