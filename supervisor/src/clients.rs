@@ -23,7 +23,7 @@ use tokio::{
 };
 use warren_actors::{
     runtime::{Context, Part, PartError, Tasks, View},
-    speaker::{Inbox, Incoming, Speaker},
+    speaker::{End, Inbox, Incoming, Speaker},
 };
 use warren_observability::names;
 use warren_proto::{
@@ -151,6 +151,12 @@ async fn serve(service: Arc<Service>, caller: Caller, stream: UnixStream) {
         () = session.answer(inbox) => {}
         () = news.tell(&client) => {}
     }
+    match client.end() {
+        Some(end @ (End::Protocol(_) | End::Overflow)) => {
+            tracing::warn!(%end, uid = caller.uid, "a client is turned out");
+        }
+        Some(End::Closed | End::Eof | End::Broken { .. }) | None => {}
+    }
     client.close(WRITE_LIMIT).await;
 }
 
@@ -251,6 +257,7 @@ impl Session {
                 let Some((method, answer)) = work(&service, caller, message.msg).await else { return };
                 count(method, &answer, received_at);
                 if !send(&client, Some(id), answer).await {
+                    tracing::info!(uid = caller.uid, "a client that does not read its answers is let go");
                     client.close(Duration::ZERO).await;
                 }
             });
