@@ -9,3 +9,4 @@ pub mod own_node;
 pub mod ping;
 pub mod relay_map;
 pub mod roster;
+pub mod server_version;

@@ -85,7 +85,7 @@ impl ControlError {
     pub(super) fn requires_action(&self) -> bool {
         self.api_error().is_some_and(|error| match error {
             ApiError::Refused(refusal) => refusal.requires_action(),
-            ApiError::Url(_) | ApiError::Token => true,
+            ApiError::Url(_) | ApiError::Token | ApiError::Version(_) => true,
             _ => false,
         })
     }

@@ -16,6 +16,7 @@ use serde::{
 use tokio::time::timeout;
 use url::Url;
 use uuid::Uuid;
+use warren_core::server_version::{self, VersionError};
 
 use crate::dial::{DialError, Dialer, Target};
 
@@ -26,6 +27,8 @@ pub const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 
 /// The header that authenticates; sent exactly once.
 const TOKEN: HeaderName = HeaderName::from_static("coder-session-token");
+/// What every answer of a deployment says about it.
+const BUILD_VERSION: HeaderName = HeaderName::from_static("x-coder-build-version");
 /// The most that the head of a response may take.
 const MAX_HEAD: usize = 64 * 1024;
 /// The most that a body may take. A relay map of a thousand regions is a tenth of this.
@@ -103,6 +106,9 @@ pub enum ApiError {
         /// What was asked for.
         url: String,
     },
+    /// The deployment is too old.
+    #[error(transparent)]
+    Version(#[from] VersionError),
     /// The answer is not what a deployment sends.
     #[error("GET {url}: the answer is not that of a Coder deployment: {reason}; check the URL")]
     Unreadable {
@@ -189,9 +195,11 @@ impl ApiClient {
         self.get_json("/api/v2/users/me", REQUEST_LIMIT).await
     }
 
-    /// What the deployment says about itself; needs no token.
+    /// What the deployment says about itself; needs no token. One that is too old is an error.
     pub async fn build_info(&self) -> Result<BuildInfo, ApiError> {
-        self.get_json("/api/v2/buildinfo", REQUEST_LIMIT).await
+        let info: BuildInfo = self.get_json("/api/v2/buildinfo", REQUEST_LIMIT).await?;
+        server_version::check(&info.version)?;
+        Ok(info)
     }
 
     /// The body of a 200 answer to `GET path`, read as JSON.
@@ -212,6 +220,7 @@ impl ApiClient {
             if response.status() != StatusCode::OK {
                 return Err(self.refused(path, response).await);
             }
+            check_version(response.headers())?;
             self.body(path, response.into_body()).await
         });
         self.within(path, limit, work).await
@@ -354,6 +363,13 @@ fn uuid<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Uuid, D::Error> {
 }
 
 const USER_AGENT: &str = concat!("warren/", env!("CARGO_PKG_VERSION"));
+
+/// The version is told with every answer, so that asking for it costs nothing. A proxy in between may have
+/// taken it away: then there is nothing to check.
+fn check_version(headers: &HeaderMap) -> Result<(), ApiError> {
+    let Some(version) = headers.get(BUILD_VERSION) else { return Ok(()) };
+    Ok(server_version::check(&String::from_utf8_lossy(version.as_bytes()))?)
+}
 
 fn origin(url: &Url) -> String {
     url.origin().ascii_serialization()

@@ -55,7 +55,9 @@ pub(crate) async fn login(args: Args) -> Outcome {
     let token = read_token(&url, args.token_file)?;
     let dialer = Dialer::new(DialOptions { ca_file: args.ca_file }).map_err(CliError::failed)?;
     let client = ApiClient::new(dialer, url.clone(), Some(token.clone()), Vec::new());
-    let user = client.current_user().await.map_err(|error| {
+    // Both at once; the first that fails ends the other, and is the one that is told.
+    let asked = tokio::try_join!(client.current_user(), client.build_info());
+    let (user, _) = asked.map_err(|error| {
         let exit = if error.requires_sign_in() { Exit::LoginNeeded } else { Exit::Failed };
         CliError::new(exit, error)
     })?;

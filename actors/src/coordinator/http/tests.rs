@@ -33,6 +33,20 @@ async fn a_request_carries_the_token_once_and_each_header_once() {
     }
 }
 
+/// Conforms: vpn:W18
+#[tokio::test]
+async fn a_deployment_that_is_too_old_is_told_from_any_of_its_answers() {
+    let answer = ok(USER).replacen("\r\n", "\r\nX-Coder-Build-Version: v2.19.0\r\n", 1);
+    let server = Server::answering(&answer).await;
+    let error = server.client(Some("tok"), &[]).current_user().await.unwrap_err();
+    assert!(error.to_string().contains("v2.19.0"), "{error}");
+    let answer = ok(r#"{"version":"v2.19.0"}"#);
+    let error = Server::answering(&answer).await.client(None, &[]).build_info().await.unwrap_err();
+    assert!(error.to_string().contains("2.20.0 or newer"), "{error}");
+    let silent = Server::answering(&ok("{}")).await;
+    assert!(silent.client(None, &[]).build_info().await.is_err(), "no version is none");
+}
+
 #[tokio::test]
 async fn headers_of_the_connection_cannot_be_set_by_others() {
     let server = Server::answering(&ok(USER)).await;
