@@ -35,6 +35,7 @@ use warren_proto::{
 use crate::{
     access::{Caller, Places, may_control},
     facts::{Peers, Service, TunnelState},
+    host::footprint,
     tunnels,
 };
 
@@ -222,8 +223,10 @@ async fn send(client: &Client, request: Option<u64>, message: service_message::M
 
 /// Everything that leg B can say (vpn-protocol 11.5).
 fn status(tunnel: &TunnelState, peers: &Peers) -> vpn::Status {
+    let left_behind = footprint::words(&tunnel.left_behind);
+    let error = Some(tunnel.error.clone()).filter(|error| !error.is_empty());
     let mut status = vpn::Status {
-        error_message: tunnel.error.clone(),
+        error_message: error.into_iter().chain(left_behind).collect::<Vec<_>>().join("; "),
         peer_update: Some(peers.complete()),
         ..vpn::Status::default()
     };

@@ -11,6 +11,8 @@ use std::{
 use serde::Deserialize;
 use warren_observability::logs::{Format, LogOptions};
 
+use crate::process::binary;
+
 /// Where metrics and health are served unless configured otherwise.
 pub const METRICS_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 9420);
 
@@ -50,6 +52,8 @@ pub struct Config {
     pub log_filter: Option<String>,
     /// Another tunnel program than our own.
     pub tunnel_binary: Option<PathBuf>,
+    /// The version that program must say it has.
+    pub tunnel_version: Option<String>,
 }
 
 impl Default for Config {
@@ -64,6 +68,7 @@ impl Default for Config {
             log_format: None,
             log_filter: None,
             tunnel_binary: None,
+            tunnel_version: None,
         }
     }
 }
@@ -125,6 +130,7 @@ struct Log {
 #[serde(deny_unknown_fields, default)]
 struct Tunnel {
     binary: Option<PathBuf>,
+    version: Option<String>,
 }
 
 /// Reads a configuration. A file that is missing is empty, unless it was named.
@@ -169,6 +175,18 @@ fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
         }
         None => None,
     };
+    if let Some(version) = &file.tunnel.version {
+        if !binary::is_version(version) {
+            return Err(refused("tunnel.version", version, "is no version: write it as 2.31.1 or 2.31"));
+        }
+        if file.tunnel.binary.is_none() {
+            return Err(refused(
+                "tunnel.version",
+                version,
+                "is that of a foreign tunnel: name it in tunnel.binary",
+            ));
+        }
+    }
     let mut allow_http_hosts = BTreeSet::new();
     for host in &file.allow_http_hosts {
         if host.is_empty() || host.contains(['/', '*', ' ', '@']) {
@@ -190,6 +208,7 @@ fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
         log_format,
         log_filter: file.log.filter,
         tunnel_binary: absolute("tunnel.binary", file.tunnel.binary)?,
+        tunnel_version: file.tunnel.version,
     })
 }
 
@@ -244,7 +263,7 @@ mod tests {
         let config = parsed(
             "metrics_listen = \"[::1]:1\"\nmetrics_per_agent = true\nallow_http_hosts = [\"Dev.Example\"]\nextra_socket = \"/run/x.sock\"\n\
              ca_file = \"/ca.pem\"\ngroup = \"g\"\n[log]\nformat = \"json\"\nfilter = \"debug\"\n\
-             [tunnel]\nbinary = \"/bin/tunnel\"\n",
+             [tunnel]\nbinary = \"/bin/tunnel\"\nversion = \"2.31.1\"\n",
         )
         .unwrap();
         let expected = Config {
@@ -257,6 +276,7 @@ mod tests {
             log_format: Some(Format::Json),
             log_filter: Some("debug".into()),
             tunnel_binary: Some("/bin/tunnel".into()),
+            tunnel_version: Some("2.31.1".into()),
         };
         assert_eq!(config, expected);
     }
@@ -270,6 +290,8 @@ mod tests {
             ("allow_http_hosts = [\"http://x/\"]", ["allow_http_hosts", "without scheme"]),
             ("extra_socket = \"x.sock\"", ["extra_socket", "leading slash"]),
             ("[log]\nformat = \"xml\"", ["log.format", "text or json"]),
+            ("[tunnel]\nversion = \"2.31\"", ["tunnel.version", "tunnel.binary"]),
+            ("[tunnel]\nbinary = \"/t\"\nversion = \"new\"", ["tunnel.version", "2.31.1"]),
             ("group = 7", ["group", "string"]),
             ("group", ["line 1", "column"]),
         ] {

@@ -9,7 +9,13 @@
 //!
 //! The value itself outlives every part: a part that crashes finds it as it left it.
 
-use std::{collections::BTreeMap, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::SystemTime};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::Arc,
+    time::SystemTime,
+};
 
 use bytes::Bytes;
 use warren_actors::runtime::{Address, Cell};
@@ -17,7 +23,10 @@ use warren_proto::vpn::{self, status::Lifecycle};
 
 use crate::{
     config::Config,
-    host,
+    host::{
+        self,
+        footprint::{Footprint, Trace},
+    },
     intent::{self, Desired},
     link::LinkClient,
     paths::Paths,
@@ -48,6 +57,8 @@ pub struct Service {
     pub device: Cell<Option<Arc<OwnedFd>>>,
     /// What the host's interface was last set to.
     pub host: Cell<host::Applied>,
+    /// What foreign tunnel programs do to the host.
+    pub footprint: Footprint,
     /// The last words of tunnel processes.
     pub log: LogRing,
     /// The thread that starts processes.
@@ -83,6 +94,7 @@ impl Service {
             link: Cell::new(None),
             device: Cell::new(None),
             host: Cell::new(host::Applied::default()),
+            footprint: Footprint::default(),
             log: LogRing::default(),
             spawner,
             slot: Slot::default(),
@@ -133,6 +145,8 @@ pub struct TunnelState {
     pub last_reason: Option<String>,
     /// Whether restarts were given up until a person acts.
     pub circuit_open: bool,
+    /// What foreign tunnel programs have left on the host.
+    pub left_behind: BTreeSet<Trace>,
 }
 
 impl Default for TunnelState {
@@ -147,6 +161,7 @@ impl Default for TunnelState {
             restarts: 0,
             last_reason: None,
             circuit_open: false,
+            left_behind: BTreeSet::new(),
         }
     }
 }
@@ -161,17 +176,34 @@ pub struct Peers {
     agents: BTreeMap<Bytes, vpn::Agent>,
 }
 
+/// Whether an update fits what was known before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fit {
+    /// It does.
+    Whole,
+    /// Something is missing: an update was lost, or ours and the tunnel's tables differ.
+    Gap,
+}
+
 impl Peers {
     /// Takes one update of the tunnel: deletes first, then upserts (vpn-protocol 7.4). What is beyond
-    /// `MAX_PEERS` is not kept.
-    pub fn apply(&mut self, update: vpn::PeerUpdate) {
-        update.deleted_agents.iter().for_each(|agent| drop(self.agents.remove(&agent.id)));
-        update.deleted_workspaces.iter().for_each(|workspace| drop(self.workspaces.remove(&workspace.id)));
+    /// `MAX_PEERS` is not kept. Returns whether it fits what was known: it deletes nothing unknown, and
+    /// every agent has its workspace.
+    pub fn apply(&mut self, update: vpn::PeerUpdate) -> Fit {
+        let mut fits = true;
+        for agent in &update.deleted_agents {
+            fits &= self.agents.remove(&agent.id).is_some();
+        }
+        for workspace in &update.deleted_workspaces {
+            fits &= self.workspaces.remove(&workspace.id).is_some();
+        }
         let workspaces = update.upserted_workspaces.into_iter();
         self.workspaces.extend(workspaces.map(|workspace| (workspace.id.clone(), workspace)));
+        fits &= update.upserted_agents.iter().all(|agent| self.workspaces.contains_key(&agent.workspace_id));
         self.agents.extend(update.upserted_agents.into_iter().map(|agent| (agent.id.clone(), agent)));
         while self.workspaces.len() > MAX_PEERS && self.workspaces.pop_last().is_some() {}
         while self.agents.len() > MAX_PEERS && self.agents.pop_last().is_some() {}
+        if fits { Fit::Whole } else { Fit::Gap }
     }
 
     /// The agents, in the order of their ids.

@@ -23,6 +23,7 @@ use warren_proto::vpn;
 
 use crate::facts::Service;
 
+pub mod footprint;
 pub mod netlink;
 mod policy;
 
@@ -36,7 +37,7 @@ pub struct Applied {
 /// What the host part hears.
 #[derive(Debug)]
 pub enum Message {
-    /// Makes sure that there is a device, and hands it out.
+    /// Makes sure that there is a device, and hands it out. One whose interface somebody removed is replaced.
     Device {
         /// The device, or why there is none, in words for a person.
         reply: Reply<Result<Arc<OwnedFd>, String>>,
@@ -104,7 +105,11 @@ impl Part for Host {
 impl State {
     fn device(&self) -> Result<Arc<OwnedFd>, String> {
         if let Some(device) = self.device.get().as_ref() {
-            return Ok(Arc::clone(device));
+            if !Tun::is_gone(device) {
+                return Ok(Arc::clone(device));
+            }
+            tracing::warn!(device = DEVICE_NAME, "the interface was removed by somebody; another is made");
+            self.release();
         }
         let device = Tun::create(DEVICE_NAME).map_err(|error| device_error(&error))?;
         let device = Arc::new(device);
@@ -209,6 +214,25 @@ mod tests {
 
         assert_eq!(Arc::strong_count(&made), 1);
         assert!(state.device.get().is_none());
+    }
+
+    #[test]
+    fn an_interface_that_somebody_removed_is_made_again_and_set_anew() {
+        const NAME: &str = "an_interface_that_somebody_removed_is_made_again_and_set_anew";
+        netlink::tests::in_namespace(NAME, [], async |[]| {
+            let state = state();
+            let made = state.device().unwrap();
+            let address = "fd60:627a:a42b::1".parse().unwrap();
+            let settings = InterfaceConfig { address, routes: Vec::new(), mtu: 1280 };
+            state.applied.set(Applied { settings: Some(settings) });
+            assert!(Arc::ptr_eq(&state.device().unwrap(), &made));
+
+            netlink::tests::remove(DEVICE_NAME).await;
+
+            let again = state.device().unwrap();
+            assert!(!Arc::ptr_eq(&again, &made) && !Tun::is_gone(&again));
+            assert_eq!(*state.applied.get(), Applied::default(), "what was set is gone with it");
+        });
     }
 
     #[tokio::test]

@@ -47,7 +47,7 @@ impl PartialEq for Order {
     fn eq(&self, other: &Self) -> bool {
         let same = |a: &SecretString, b: &SecretString| a.expose_secret() == b.expose_secret();
         let headers = || self.headers.iter().zip(&other.headers);
-        self.url == other.url
+        self.url.trim_end_matches('/') == other.url.trim_end_matches('/')
             && same(&self.token, &other.token)
             && self.headers.len() == other.headers.len()
             && headers().all(|(a, b)| a.0 == b.0 && same(&a.1, &b.1))

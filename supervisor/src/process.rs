@@ -37,6 +37,7 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, DropGuard};
 use warren_actors::speaker::descriptors::{Descriptors, ReadEnd, WriteEnd};
 
+pub mod binary;
 mod exit;
 pub mod hardening;
 mod log_ring;
@@ -53,7 +54,7 @@ const LINK: i32 = 5;
 /// The device, and what `StartRequest` says of it.
 pub const DEVICE: i32 = 6;
 
-/// Variables that the child may know: proxies and certificates, and how much to log.
+/// Variables that any child may know: proxies and certificates.
 const KEPT_VARIABLES: &[&str] = &[
     "HTTPS_PROXY",
     "https_proxy",
@@ -65,9 +66,9 @@ const KEPT_VARIABLES: &[&str] = &[
     "no_proxy",
     "SSL_CERT_FILE",
     "SSL_CERT_DIR",
-    "RUST_BACKTRACE",
-    "WARREN_LOG",
 ];
+/// Variables that mean something to our own program only.
+const OWN_VARIABLES: &[&str] = &["RUST_BACKTRACE", "WARREN_LOG"];
 
 /// How long a killed child may take to be gone; one that is stuck in the kernel can take longer.
 const KILLED: Duration = Duration::from_secs(5);
@@ -310,7 +311,8 @@ fn prepare(launch: Launch) -> io::Result<(Command, Pipes)> {
     command.args(["vpn-daemon", "run"]).args(&launch.arguments);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
     command.env_clear();
-    for name in KEPT_VARIABLES {
+    let own: &[_] = if launch.program == Program::Own { OWN_VARIABLES } else { &[] };
+    for name in KEPT_VARIABLES.iter().chain(own) {
         if let Some(value) = std::env::var_os(name) {
             command.env(name, value);
         }

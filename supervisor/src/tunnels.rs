@@ -18,7 +18,7 @@
 //! that was wanted before is started again.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -32,6 +32,7 @@ use warren_proto::vpn::{self, status::Lifecycle};
 use crate::{
     access::{self, Caller},
     facts::{Service, TunnelState},
+    host::footprint::Trace,
     intent::Order,
     link::LinkClient,
 };
@@ -40,7 +41,9 @@ mod death;
 mod launch;
 mod life;
 mod neighbours;
+mod resume;
 mod running;
+mod telemetry;
 #[cfg(test)]
 mod tests;
 mod watch;
@@ -91,7 +94,8 @@ enum Report {
     Stepped(u64, Step),
     Launched(u64, Result<Arc<Running>, Failure>),
     Died(u64, Death),
-    Ended(u64, Result<(), String>),
+    Ended(u64, Ended),
+    Resumed,
     Timeout,
     #[cfg(test)]
     Fault,
@@ -101,6 +105,15 @@ impl From<Report> for Message {
     fn from(report: Report) -> Self {
         Self::Event(Event(report))
     }
+}
+
+/// What an end has led to.
+#[derive(Debug)]
+struct Ended {
+    /// Whether the process is gone.
+    outcome: Result<(), String>,
+    /// What it has left on the host, if it was a foreign one.
+    left_behind: BTreeSet<Trace>,
 }
 
 /// The part.
@@ -161,6 +174,13 @@ impl Part for Tunnels {
         };
         self.reconcile(context, &mut state);
         self.act(context, &mut state);
+        let me = context.me.clone();
+        context.tasks.spawn(async move {
+            loop {
+                resume::resumed().await;
+                let _ = me.send(Report::Resumed.into()).await;
+            }
+        });
         Ok(state)
     }
 
@@ -190,7 +210,7 @@ impl Part for Tunnels {
             let _ = timeout(END_LIMIT, ending).await;
         }
         let (launching, running) = (state.launching.take(), state.running.get().as_ref().clone());
-        if let Err(error) = end(&self.service, launching, running, Ending::Replaced).await {
+        if let Err(error) = end(&self.service, launching, running, Ending::Replaced).await.outcome {
             tracing::warn!(%error, "the tunnel process could not be ended");
         }
         state.link.set(None);
@@ -255,13 +275,21 @@ impl Tunnels {
                 state.let_go();
                 state.life.handle_died(generation, death, now(), random());
             }
-            Report::Ended(generation, outcome) if state.life.is_current(generation) => {
+            Report::Ended(generation, Ended { outcome, left_behind })
+                if state.life.is_current(generation) =>
+            {
                 state.ending = None;
                 state.let_go();
+                state.life.handle_left_behind(left_behind);
                 state.life.handle_ended(generation, outcome);
             }
             // Of a process that nobody waits for any more.
             Report::Launched(..) | Report::Died(..) | Report::Ended(..) => {}
+            Report::Resumed => {
+                let Some(running) = state.running.get().as_ref().clone() else { return };
+                tracing::info!("the machine has slept; the tunnel is told");
+                context.tasks.spawn(async move { running.wake().await });
+            }
             Report::Timeout => {
                 state.timer = None;
                 state.life.handle_timeout(now());
@@ -395,7 +423,7 @@ async fn end(
     launching: Option<Launching>,
     running: Option<Arc<Running>>,
     ending: Ending,
-) -> Result<(), String> {
+) -> Ended {
     if ending == Ending::Unwanted {
         neighbours::forget(service).await;
     }
@@ -411,7 +439,10 @@ async fn end(
     if ending != Ending::Replaced {
         neighbours::release(service).await;
     }
-    if is_gone { Ok(()) } else { Err(STUCK.to_owned()) }
+    // A process that follows may still remove what this one has left.
+    let left_behind =
+        if ending == Ending::Replaced { BTreeSet::new() } else { service.footprint.left().await };
+    Ended { outcome: if is_gone { Ok(()) } else { Err(STUCK.to_owned()) }, left_behind }
 }
 
 const STUCK: &str = "the tunnel process cannot be ended; it may hang in the kernel, and only a restart of the machine \

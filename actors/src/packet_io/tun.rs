@@ -125,6 +125,15 @@ impl Tun {
         Ok(descriptor)
     }
 
+    /// Whether the interface behind a descriptor of [`Self::create`] is gone: somebody has removed it. What is
+    /// no TUN device has none that could be.
+    pub fn is_gone(descriptor: &OwnedFd) -> bool {
+        let mut request = empty_request();
+        // SAFETY: as in `framing`: the call writes at most one ifreq, which `request` is.
+        let answer = unsafe { libc::ioctl(descriptor.as_raw_fd(), TUNGETIFF as _, &mut request) };
+        check(answer).is_err_and(|error| error.raw_os_error() == Some(libc::EBADFD))
+    }
+
     /// Takes over a descriptor that some other part of the process owns, under a number of its own.
     pub fn from_fd(number: RawFd) -> Result<Self, TunError> {
         if number < 0 {

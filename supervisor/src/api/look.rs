@@ -128,6 +128,7 @@ fn tunnel_json(tunnel: &TunnelState) -> Value {
         "restarts": tunnel.restarts,
         "last_reason": tunnel.last_reason,
         "circuit_open": tunnel.circuit_open,
+        "left_behind": tunnel.left_behind.iter().map(ToString::to_string).collect::<Vec<_>>(),
     })
 }
 

@@ -38,6 +38,8 @@ pub(super) fn order(
     Ok(Order { url, token: start.api_token.into(), headers, owner })
 }
 
+/// The URL as it was given where that is how we would write it: what a deployment is called is not ours to
+/// change. Otherwise as we read it: another program must not read another host.
 fn check_url(text: &str, http_hosts: &BTreeSet<String>) -> Result<String, String> {
     if text.len() > MAX_TEXT {
         return Err("the deployment's URL is too long".to_owned());
@@ -60,7 +62,8 @@ fn check_url(text: &str, http_hosts: &BTreeSet<String>) -> Result<String, String
         }
         scheme => return Err(malformed(&format!("the scheme {scheme:?} is not spoken"))),
     }
-    Ok(url.into())
+    let is_as_read = url.as_str().trim_end_matches('/') == text.trim_end_matches('/');
+    Ok(if is_as_read { text.to_owned() } else { url.into() })
 }
 
 fn is_loopback(host: &Host<&str>) -> bool {
@@ -103,6 +106,19 @@ mod tests {
         }
         let text = refusal(start("http://x.example"));
         assert!(text.contains("x.example") && text.contains("allow_http_hosts"), "{text}");
+    }
+
+    #[test]
+    fn a_url_is_left_as_it_was_given_unless_programs_could_read_it_otherwise() {
+        let allowed = BTreeSet::new();
+        for (given, kept) in [
+            ("https://coder.example.com", "https://coder.example.com"),
+            ("https://coder.example.com/", "https://coder.example.com/"),
+            ("https://x\\@evil.example/", "https://x/@evil.example/"),
+            ("HTTPS://X.example", "https://x.example/"),
+        ] {
+            assert_eq!(order(start(given), 7, &allowed).unwrap().url, kept);
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! we set earlier and is no longer wanted goes, and what belongs to others is named and left alone.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     io,
     net::{IpAddr, Ipv6Addr},
     time::Duration,
@@ -9,17 +10,20 @@ use std::{
 
 use futures::TryStreamExt;
 use rtnetlink::{
-    Error, Handle, LinkUnspec, RouteMessageBuilder, new_connection,
+    Error, Handle, IpVersion, LinkUnspec, RouteMessageBuilder, new_connection,
     packet_route::{
         address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage},
-        link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute},
+        link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkMessage},
         route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType},
+        rule::{RuleAttribute, RuleMessage},
     },
 };
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 use warren_actors::facts::InterfaceConfig;
 use warren_proto::address::{CODER_PREFIX, is_coder};
+
+use super::footprint::{FOREIGN_DEVICE, FOREIGN_RULES, Family, Trace};
 
 /// How long the kernel may take for all of it: a few milliseconds, unless something holds its routing lock.
 /// Below what a supervisor waits for an answer.
@@ -91,6 +95,60 @@ pub async fn apply(name: &str, config: &InterfaceConfig) -> Result<(), NetlinkEr
         interface.set_routes(&config.routes, &routes).await
     };
     timeout(LIMIT, set).await.unwrap_or(Err(NetlinkError::Deadline(LIMIT)))
+}
+
+/// The interfaces, routes and policy rules that a tunnel of another make may have put on this host.
+pub(super) async fn traces() -> Result<BTreeSet<Trace>, NetlinkError> {
+    let (connection, handle, _messages) = new_connection()?;
+    let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
+    timeout(LIMIT, look_for_traces(&handle)).await.unwrap_or(Err(NetlinkError::Deadline(LIMIT)))
+}
+
+async fn look_for_traces(handle: &Handle) -> Result<BTreeSet<Trace>, NetlinkError> {
+    let refused = |action| move |error| NetlinkError::Refused { action, error };
+    let links = handle.link().get().execute().try_collect::<Vec<_>>().await;
+    let names: BTreeMap<u32, String> = links
+        .map_err(refused("list interfaces"))?
+        .iter()
+        .filter_map(|link| Some((link.header.index, name(link)?)))
+        .collect();
+    let addresses = handle.address().get().execute().try_collect::<Vec<_>>().await;
+    let addresses = addresses.map_err(refused("list addresses"))?;
+    let addressed =
+        addresses.iter().filter(|it| own_address(it).is_some()).filter_map(|it| names.get(&it.header.index));
+    let foreign = names.values().filter(|name| name.as_str() == FOREIGN_DEVICE);
+    let mut traces: BTreeSet<_> = addressed.chain(foreign).cloned().map(Trace::Interface).collect();
+    let routes = handle.route().get(RouteMessageBuilder::<Ipv6Addr>::new().build()).execute();
+    let routes = routes.try_collect::<Vec<_>>().await.map_err(refused("list routes"))?;
+    traces.extend(routes.into_iter().filter_map(Route::of).filter(|route| !route.is_kernels).map(|route| {
+        Trace::Route {
+            destination: route.destination,
+            bits: route.bits,
+            table: route.table,
+            interface: route.interface.and_then(|index| names.get(&index).cloned()),
+        }
+    }));
+    for (family, version) in [(Family::V4, IpVersion::V4), (Family::V6, IpVersion::V6)] {
+        let rules = handle.rule().get(version).execute().try_collect::<Vec<_>>().await;
+        let rules = rules.map_err(refused("list policy rules"))?;
+        let priorities = rules.iter().filter_map(priority).filter(|it| FOREIGN_RULES.contains(it));
+        traces.extend(priorities.map(|priority| Trace::Rule { family, priority }));
+    }
+    Ok(traces)
+}
+
+fn name(link: &LinkMessage) -> Option<String> {
+    link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::IfName(name) => Some(name.clone()),
+        _ => None,
+    })
+}
+
+fn priority(rule: &RuleMessage) -> Option<u32> {
+    rule.attributes.iter().find_map(|attribute| match attribute {
+        RuleAttribute::Priority(priority) => Some(*priority),
+        _ => None,
+    })
 }
 
 struct Interface<'a> {
@@ -202,11 +260,7 @@ impl<'a> Interface<'a> {
     }
 
     async fn name_of(&self, index: u32) -> Option<String> {
-        let link = self.handle.link().get().match_index(index).execute().try_next().await.ok()??;
-        link.attributes.into_iter().find_map(|attribute| match attribute {
-            LinkAttribute::IfName(name) => Some(name),
-            _ => None,
-        })
+        name(&self.handle.link().get().match_index(index).execute().try_next().await.ok()??)
     }
 
     fn refused(&self, action: &'static str, error: Error) -> NetlinkError {
@@ -270,9 +324,10 @@ fn errno(error: &Error) -> Option<i32> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::{fs, io::Write, os::fd::OwnedFd, thread};
 
+    use rtnetlink::packet_route::rule::RuleAction;
     use warren_actors::packet_io::tun::Tun;
 
     use super::*;
@@ -320,7 +375,7 @@ mod tests {
     }
 
     /// Runs `test` on a thread in a network namespace of its own, with devices of these names.
-    fn in_namespace<const N: usize, F: Future<Output = ()>>(
+    pub(in crate::host) fn in_namespace<const N: usize, F: Future<Output = ()>>(
         what: &'static str,
         names: [&'static str; N],
         test: impl FnOnce([OwnedFd; N]) -> F + Send + 'static,
@@ -336,6 +391,25 @@ mod tests {
             runtime.block_on(test(devices.try_into().unwrap()));
         });
         outcome.join().unwrap();
+    }
+
+    /// Removes an interface, as a person would with `ip link delete`.
+    pub(in crate::host) async fn remove(name: &str) {
+        let (connection, handle, _messages) = new_connection().unwrap();
+        let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
+        let interface = Interface::find(handle, name).await.unwrap();
+        interface.handle.link().del(interface.index).execute().await.unwrap();
+    }
+
+    /// Adds a policy rule, as a tunnel of another make does.
+    pub(in crate::host) async fn add_rule(version: IpVersion, priority: u32) {
+        let (connection, handle, _messages) = new_connection().unwrap();
+        let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
+        let rule = handle.rule().add().table_id(52).priority(priority).action(RuleAction::ToTable);
+        match version {
+            IpVersion::V4 => rule.v4().execute().await.unwrap(),
+            IpVersion::V6 => rule.v6().execute().await.unwrap(),
+        }
     }
 
     /// The interface's addresses and routes inside the prefix, its MTU, and whether it is up.

@@ -22,12 +22,16 @@ use super::{
     death::{Death, Failure, Reason},
     neighbours,
     running::{Greeted, Running, end_mute},
+    telemetry,
 };
 use crate::{
     facts::{Peers, Service},
     intent::Order,
     link::LinkClient,
-    process::{DEVICE, Launch as Spawning, Pipes, Process, Program},
+    process::{
+        DEVICE, Launch as Spawning, Pipes, Process, Program,
+        binary::{self, BinaryError},
+    },
 };
 
 /// How long the last process may take to be gone: killed processes that hang in the kernel.
@@ -65,6 +69,7 @@ where
 {
     /// Returns a tunnel that has answered its Start, or why there is none.
     pub(super) async fn run(self) -> Result<Arc<Running>, Failure> {
+        self.unless_cancelled(self.look_at_program()).await?;
         let device = timed("device", self.unless_cancelled(self.device())).await?;
         let (process, pipes) = timed("spawn", self.unless_cancelled(self.spawn(device))).await?;
         (self.tell)(Step::Spawned(process.pid())).await;
@@ -102,6 +107,24 @@ where
         self.service.config.tunnel_binary.clone().map_or(Program::Own, Program::Foreign)
     }
 
+    /// Another program runs with our privileges: it must be one that nobody else can have put there. What is on
+    /// the host now is not its own.
+    async fn look_at_program(&self) -> Result<(), Failure> {
+        let Program::Foreign(path) = self.program() else { return Ok(()) };
+        let (own, wanted) = (self.service.options.uid, self.service.config.tunnel_version.clone());
+        let checked = tokio::task::spawn_blocking({
+            let path = path.clone();
+            move || binary::check(&path, own)
+        });
+        let refused = |error: BinaryError| Failure::Person(error.to_string());
+        checked.await.map_err(|error| Failure::Later(error.to_string()))?.map_err(refused)?;
+        if let Some(wanted) = wanted {
+            binary::check_version(&path, &wanted).await.map_err(refused)?;
+        }
+        self.service.footprint.before().await;
+        Ok(())
+    }
+
     /// Another program owns its network itself.
     async fn device(&self) -> Result<Option<OwnedFd>, Failure> {
         if self.program() != Program::Own || !self.service.options.with_device {
@@ -119,11 +142,19 @@ where
             program: self.program(),
             arguments: self.arguments(),
             device,
-            variables: vec![("WARREN_LOG", OsString::from(&self.service.options.log_filter))],
+            variables: self.variables(),
         };
         let secrets = self.order.secrets().cloned().collect();
         let spawned = Process::spawn(spawning, &self.service.spawner, slot, &self.service.log, secrets).await;
         spawned.map_err(|error| Failure::Died(Death::new(Reason::Spawn, error.to_string())))
+    }
+
+    /// Only our own program knows these.
+    fn variables(&self) -> Vec<(&'static str, OsString)> {
+        match self.program() {
+            Program::Own => vec![("WARREN_LOG", OsString::from(&self.service.options.log_filter))],
+            Program::Foreign(_) => Vec::new(),
+        }
     }
 
     /// Only our own program knows these.
@@ -215,9 +246,9 @@ where
             coder_url: self.order.url.clone(),
             api_token: self.order.token.expose_secret().to_owned(),
             headers: self.order.headers.iter().map(header).collect(),
-            device_os: "Linux".to_owned(),
+            device_id: telemetry::device_id().to_owned(),
+            device_os: telemetry::OS.to_owned(),
             coder_desktop_version: self.service.options.version.to_owned(),
-            ..Default::default()
         }
     }
 }

@@ -15,7 +15,7 @@
 //! why it cannot start does not, and is asked again, unless only a person can help.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeSet, VecDeque},
     mem,
     sync::Arc,
     time::{Duration, Instant},
@@ -28,7 +28,7 @@ use warren_core::{
 use warren_proto::vpn::{StartProgressStage, status::Lifecycle};
 
 use super::death::{Death, Failure, Reason};
-use crate::{facts::TunnelState, intent::Order};
+use crate::{facts::TunnelState, host::footprint::Trace, intent::Order};
 
 /// Deaths that are made good within [`WINDOW`].
 const MAX_RESTARTS: usize = 5;
@@ -266,6 +266,11 @@ impl Life {
         self.serve();
     }
 
+    /// What foreign processes have left on the host, now that none runs.
+    pub(super) fn handle_left_behind(&mut self, left_behind: BTreeSet<Trace>) {
+        self.shown.left_behind = left_behind;
+    }
+
     /// A deadline has passed.
     pub(super) fn handle_timeout(&mut self, now: Instant) {
         let (late, waiting) = mem::take(&mut self.waiting).into_iter().partition(|it| it.until <= now);
@@ -440,6 +445,8 @@ impl Life {
         self.shown.progress = None;
         self.shown.error.clear();
         self.shown.circuit_open = false;
+        // The present process uses, and may remove, what its predecessor has left.
+        self.shown.left_behind.clear();
     }
 
     fn show_stopped(&mut self, error: String) {

@@ -4,17 +4,26 @@
 //! What the tunnel says by itself is handled here, by one task that lives as long as the connection: peers
 //! go to their cell, requests for network settings to the host part, log lines to our log.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
+use futures::{FutureExt, future::BoxFuture};
 use tokio::{sync::Semaphore, time::Instant};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use warren_actors::{
     runtime::{CellWriter, Tasks},
-    speaker::{CallError, Inbox, Speaker},
+    speaker::{CallError, Inbox, Incoming, Speaker},
 };
 use warren_observability::{names, redact::redact};
 use warren_proto::{
     correlator::Kind,
+    header::Version,
     vpn::{
         self, ManagerMessage, NetworkSettingsRequest, NetworkSettingsResponse, TunnelMessage, log,
         manager_message, tunnel_message,
@@ -23,7 +32,7 @@ use warren_proto::{
 
 use super::death::Death;
 use crate::{
-    facts::{Peers, Service},
+    facts::{Fit, Peers, Service},
     host,
     intent::Order,
     link::LinkClient,
@@ -34,10 +43,18 @@ use crate::{
 const START_LIMIT: Duration = Duration::from_secs(35);
 /// How long the answer to a Stop may take (vpn-protocol 11.6).
 const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// How long the answer to a Wake may take (vpn-protocol 11.11).
+const WAKE_LIMIT: Duration = Duration::from_secs(5);
+/// How long the answer to a request for all peers may take.
+const RESYNC_LIMIT: Duration = Duration::from_secs(5);
+/// The least time between two of them: a tunnel whose updates never fit is not asked for ever.
+const RESYNC_PAUSE: Duration = Duration::from_secs(30);
 /// How long what was sent may take to leave before the connection is closed.
 const CLOSE_LIMIT: Duration = Duration::from_secs(1);
 /// How long a process may take to end once its connection is closed.
 const EOF_GRACE: Duration = Duration::from_secs(2);
+/// As long for a foreign program: deployed ones have undone everything when they answer, and then never end.
+const FOREIGN_EOF_GRACE: Duration = Duration::from_millis(500);
 /// How long it may take to end once it was asked by a signal.
 const TERM_GRACE: Duration = Duration::from_secs(2);
 /// How long the task that listens may take to notice the end: nothing but being scheduled.
@@ -47,6 +64,9 @@ const SILENCE_LIMIT: Duration = Duration::from_millis(100);
 const SETTINGS_LIMIT: Duration = Duration::from_secs(10);
 /// Requests for network settings at the same time. A tunnel sends one after the other.
 const MAX_SETTINGS: usize = 4;
+
+/// The first version that knows Wake.
+const SINCE_WAKE: Version = Version { major: 1, minor: 3 };
 
 /// Characters of the longest text that is taken over from a tunnel.
 const MAX_TEXT: usize = 4096;
@@ -61,6 +81,8 @@ pub struct Running {
     speaker: TunnelSpeaker,
     link: Option<LinkClient>,
     silent: CancellationToken,
+    /// Set once the tunnel has answered its Start; deployed ones end when they are asked for peers before.
+    has_started: Arc<AtomicBool>,
     _tasks: Tasks,
 }
 
@@ -90,16 +112,17 @@ impl Running {
         service: &Arc<Service>,
     ) -> Self {
         let Greeted { process, speaker, inbox, link } = greeted;
-        let (tasks, silent) = (Tasks::default(), CancellationToken::new());
+        let (tasks, silent, has_started) = (Tasks::default(), CancellationToken::new(), Arc::default());
         let ear = Ear {
             speaker: speaker.clone(),
             order: Arc::clone(&order),
             service: Arc::clone(service),
             settings: Arc::new(Semaphore::new(MAX_SETTINGS)),
+            has_started: Arc::clone(&has_started),
             book: Book { peers, _silent: silent.clone().drop_guard() },
         };
         tasks.spawn(ear.listen(inbox));
-        Self { order, process, speaker, link, silent, _tasks: tasks }
+        Self { order, process, speaker, link, silent, has_started, _tasks: tasks }
     }
 
     /// What it was started for.
@@ -132,6 +155,7 @@ impl Running {
         let message = ManagerMessage { rpc: None, msg: Some(manager_message::Msg::Start(start)) };
         match self.speaker.request(message, START_LIMIT).await?.msg {
             Some(tunnel_message::Msg::Start(answer)) => {
+                self.has_started.store(answer.success, Ordering::Release);
                 Ok(vpn::StartResponse { error_message: tame(&answer.error_message, &self.order), ..answer })
             }
             _ => Ok(vpn::StartResponse {
@@ -141,12 +165,18 @@ impl Running {
         }
     }
 
+    /// Tells the tunnel that the machine has slept.
+    pub(super) async fn wake(&self) {
+        wake(&self.speaker).await;
+    }
+
     /// Ends the process: Stop, the end of the connection, SIGTERM, SIGKILL, each with its limit.
     pub(super) async fn end(&self) -> Exit {
         if self.process.exit().is_none() {
             self.stop().await;
             self.speaker.close(CLOSE_LIMIT).await;
-            self.process.exited_within(EOF_GRACE).await;
+            let grace = if self.link.is_some() { EOF_GRACE } else { FOREIGN_EOF_GRACE };
+            self.process.exited_within(grace).await;
         }
         let exit = self.process.end(TERM_GRACE).await;
         self.silent_soon().await;
@@ -169,6 +199,20 @@ impl Running {
             Ok(_) => tracing::warn!("the tunnel gave an answer that does not fit a stop"),
             Err(error) => tracing::warn!(%error, "the tunnel did not answer a stop"),
         }
+    }
+}
+
+/// One Wake, to a tunnel that knows it. That it fails changes nothing: the tunnel finds out by itself, later.
+async fn wake(speaker: &TunnelSpeaker) {
+    if speaker.negotiated() < SINCE_WAKE {
+        tracing::debug!(version = %speaker.negotiated(), "this tunnel cannot be told that the machine has slept");
+        return;
+    }
+    let message = ManagerMessage { rpc: None, msg: Some(manager_message::Msg::Wake(vpn::WakeRequest {})) };
+    match speaker.request(message, WAKE_LIMIT).await.map(|answer| answer.msg) {
+        Ok(Some(tunnel_message::Msg::Wake(_))) => {}
+        Ok(_) => tracing::warn!("the tunnel gave an answer that does not fit a wake"),
+        Err(error) => tracing::warn!(%error, "the tunnel did not answer a wake"),
     }
 }
 
@@ -195,30 +239,84 @@ struct Ear {
     order: Arc<Order>,
     service: Arc<Service>,
     settings: Arc<Semaphore>,
+    has_started: Arc<AtomicBool>,
     book: Book,
+}
+
+/// Asking for all peers, because an update did not fit.
+#[derive(Default)]
+struct Resync {
+    question: Option<BoxFuture<'static, Option<vpn::PeerUpdate>>>,
+    asked_at: Option<Instant>,
+}
+
+impl Resync {
+    fn is_due(&self) -> bool {
+        self.question.is_none() && self.asked_at.is_none_or(|at| at.elapsed() >= RESYNC_PAUSE)
+    }
+
+    /// What the tunnel answers; waits for ever while it is not asked.
+    async fn answer(&mut self) -> Option<vpn::PeerUpdate> {
+        let Some(question) = &mut self.question else { return std::future::pending().await };
+        let answer = question.await;
+        self.question = None;
+        answer
+    }
 }
 
 impl Ear {
     async fn listen(self, mut inbox: Inbox<TunnelMessage>) {
-        let answers = Tasks::default();
-        while let Some(incoming) = inbox.recv().await {
-            match (incoming.message.msg, incoming.kind) {
-                (Some(tunnel_message::Msg::PeerUpdate(update)), _) => self.note(update),
-                (Some(tunnel_message::Msg::Log(line)), _) => self.log(&line),
-                (Some(tunnel_message::Msg::NetworkSettings(settings)), Kind::Request(id)) => {
-                    self.settle(&answers, id, settings);
-                }
-                (message, kind) => {
-                    let is_empty = message.is_none();
-                    tracing::warn!(?kind, is_empty, "the tunnel says what nobody asked for");
+        let (answers, mut resync) = (Tasks::default(), Resync::default());
+        loop {
+            tokio::select! {
+                incoming = inbox.recv() => match incoming {
+                    Some(incoming) => self.hear(&answers, &mut resync, incoming),
+                    None => return,
+                },
+                everything = resync.answer() => {
+                    // What was said before the answer has been read by now; it is older than the answer.
+                    while let Some(Some(incoming)) = inbox.recv().now_or_never() {
+                        self.hear(&answers, &mut resync, incoming);
+                    }
+                    everything.into_iter().for_each(|everything| self.replace(everything));
                 }
             }
         }
     }
 
-    fn note(&self, update: vpn::PeerUpdate) {
+    fn hear(&self, answers: &Tasks, resync: &mut Resync, incoming: Incoming<TunnelMessage>) {
+        match (incoming.message.msg, incoming.kind) {
+            (Some(tunnel_message::Msg::PeerUpdate(update)), _) => {
+                if self.note(update) == Fit::Gap
+                    && resync.is_due()
+                    && self.has_started.load(Ordering::Acquire)
+                {
+                    tracing::info!("an update of the tunnel does not fit; it is asked for everything");
+                    resync.asked_at = Some(Instant::now());
+                    resync.question = Some(ask_for_everything(self.speaker.clone()).boxed());
+                }
+            }
+            (Some(tunnel_message::Msg::Log(line)), _) => self.log(&line),
+            (Some(tunnel_message::Msg::NetworkSettings(settings)), Kind::Request(id)) => {
+                self.settle(answers, id, settings);
+            }
+            (message, kind) => {
+                let is_empty = message.is_none();
+                tracing::warn!(?kind, is_empty, "the tunnel says what nobody asked for");
+            }
+        }
+    }
+
+    fn note(&self, update: vpn::PeerUpdate) -> Fit {
         let mut peers = Peers::clone(&self.book.peers.get());
-        peers.apply(update);
+        let fit = peers.apply(update);
+        self.book.peers.set_if_changed(peers);
+        fit
+    }
+
+    fn replace(&self, everything: vpn::PeerUpdate) {
+        let mut peers = Peers::default();
+        peers.apply(everything);
         self.book.peers.set_if_changed(peers);
     }
 
@@ -259,6 +357,23 @@ impl Ear {
     }
 }
 
+/// `None` where the tunnel does not answer as it should: the next update that does not fit asks again.
+async fn ask_for_everything(speaker: TunnelSpeaker) -> Option<vpn::PeerUpdate> {
+    let request = manager_message::Msg::GetPeerUpdate(vpn::GetPeerUpdate {});
+    let answer = speaker.request(ManagerMessage { rpc: None, msg: Some(request) }, RESYNC_LIMIT).await;
+    match answer.map(|answer| answer.msg) {
+        Ok(Some(tunnel_message::Msg::PeerUpdate(everything))) => Some(everything),
+        Ok(_) => {
+            tracing::warn!("the tunnel gave an answer that does not fit a request for all peers");
+            None
+        }
+        Err(error) => {
+            tracing::warn!(%error, "the tunnel did not answer a request for all peers");
+            None
+        }
+    }
+}
+
 fn respond(outcome: Result<(), String>) -> ManagerMessage {
     let answer = NetworkSettingsResponse {
         success: outcome.is_ok(),
@@ -278,3 +393,6 @@ fn tame(text: &str, order: &Order) -> String {
     let is_shown = |symbol: &char| !symbol.is_control() || matches!(symbol, '\n' | '\t');
     redact(text, order.secrets()).chars().filter(is_shown).take(MAX_TEXT).collect()
 }
+
+#[cfg(test)]
+mod tests;

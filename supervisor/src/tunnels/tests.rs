@@ -71,6 +71,7 @@ async fn play(mode: &str) -> i32 {
                 speaker.close_with(id, message, LIMIT).await.unwrap();
                 return 0;
             }
+            Some(manager_message::Msg::Wake(_)) => eprintln!("woken"),
             _ => {}
         }
     }
@@ -402,6 +403,27 @@ async fn a_panic_of_the_part_does_not_touch_the_tunnel_and_its_successor_watches
     assert_eq!(bench.service.peers.get().agents().count(), 1);
     kill(pid);
     bench.until_started_again(pid).await;
+}
+
+/// Conforms: vpn:W25
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_sleep_of_the_machine_the_tunnel_is_told_once_and_without_one_nobody() {
+    let bench = Bench::new("good").await;
+    bench.service.tunnels.send(Report::Resumed.into()).await.unwrap();
+    assert!(bench.start("https://a").await.success, "nothing happens without a tunnel");
+    let words = || bench.service.log.lines().iter().filter(|line| &***line == "woken").count();
+    assert_eq!(words(), 0);
+
+    bench.service.tunnels.send(Report::Resumed.into()).await.unwrap();
+
+    let told = async {
+        while words() == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, told).await.unwrap();
+    assert!(bench.stop().await.success, "that it does not answer is no trouble");
+    assert_eq!(words(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
