@@ -18,16 +18,27 @@ pub(crate) struct ServiceProcess {
 impl ServiceProcess {
     /// Starts a service without a device, and waits until it listens.
     pub(crate) fn start() -> Self {
-        Self::begin(Command::new(WARREN), &["--no-tun"])
+        Self::begin(Command::new(WARREN), &["--no-tun"], "")
+    }
+
+    /// Starts a service with this configuration, and waits until it listens.
+    pub(crate) fn start_configured(config: &str) -> Self {
+        Self::begin(Command::new(WARREN), &[], config)
+    }
+
+    /// Starts a service with this configuration in a namespace, and waits until it listens.
+    pub(crate) fn start_configured_in(namespace: &Namespace, config: &str) -> Self {
+        Self::begin(namespace.enter(WARREN), &[], config)
     }
 
     /// Starts a service with a device in a namespace, and waits until it listens.
     pub(crate) fn start_in(namespace: &Namespace) -> Self {
-        Self::begin(namespace.enter(WARREN), &[])
+        Self::begin(namespace.enter(WARREN), &[], "")
     }
 
-    fn begin(command: Command, more: &[&str]) -> Self {
+    fn begin(command: Command, more: &[&str], config: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("config.toml"), config).unwrap();
         let child = spawn(command, more, folder.path());
         let service = Self { child, folder };
         service.wait_until_it_listens();
@@ -137,7 +148,6 @@ impl Drop for ServiceProcess {
 }
 
 fn spawn(mut command: Command, more: &[&str], folder: &Path) -> Child {
-    std::fs::write(folder.join("config.toml"), "").unwrap();
     let log = std::fs::OpenOptions::new().create(true).append(true).open(folder.join("service.log")).unwrap();
     command
         .args(["service", "--metrics-listen", "127.0.0.1:0", "--log-filter", "trace"])
