@@ -47,6 +47,7 @@ fn start(deployment: &Deployment, service: &ServiceProcess, token: &str) -> vpn:
 }
 
 /// Conforms: vpn:16.2.5
+/// Conforms: vpn:15.22
 #[test]
 fn canaries_in_token_and_headers_are_shown_nowhere() {
     let (deployment, service) = (Deployment::start(1), ServiceProcess::start());

@@ -13,6 +13,8 @@ use prost::Message;
 use crate::support::LIMIT;
 
 const MAX_LINE: usize = 255;
+/// Messages that wait for the test; beyond that the other end waits.
+const QUEUE: usize = 4096;
 const MAX_FRAME: u32 = 0x0100_0000;
 
 /// Who speaks first. Neither may have to wait for the other.
@@ -170,7 +172,7 @@ pub(crate) struct Peer<In> {
 impl<In: Message + Default + std::fmt::Debug + Send + 'static> Peer<In> {
     /// Reads from now on.
     pub(crate) fn new(read: impl Read + Send + 'static, write: impl Write + Send + 'static) -> Self {
-        let (tell, heard) = mpsc::channel();
+        let (tell, heard) = mpsc::sync_channel(QUEUE);
         thread::spawn(move || {
             let mut read = io::BufReader::new(read);
             loop {

@@ -160,6 +160,7 @@ async fn every_client_hears_of_every_change_and_a_new_one_of_nothing() {
     assert_eq!(next_status(&mut third_inbox).await.lifecycle(), Lifecycle::Stopped);
 }
 
+/// Conforms: vpn:15.20
 #[tokio::test]
 async fn a_client_that_never_reads_delays_nobody_and_no_frame_is_cut() {
     let bench = Bench::new().await;
@@ -234,6 +235,7 @@ async fn after_a_panic_clients_connect_again_to_the_same_socket() {
     assert_eq!(status_of(&again).await.lifecycle(), Lifecycle::Started);
 }
 
+/// Conforms: vpn:15.23
 #[tokio::test]
 async fn a_tunnel_is_its_owners_and_roots() {
     let bench = Bench::new().await;

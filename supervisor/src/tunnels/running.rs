@@ -151,18 +151,10 @@ impl Running {
     }
 
     /// Asks the tunnel to start, and returns what it answered.
-    pub(super) async fn start(&self, start: vpn::StartRequest) -> Result<vpn::StartResponse, CallError> {
-        let message = ManagerMessage { rpc: None, msg: Some(manager_message::Msg::Start(start)) };
-        match self.speaker.request(message, START_LIMIT).await?.msg {
-            Some(tunnel_message::Msg::Start(answer)) => {
-                self.has_started.store(answer.success, Ordering::Release);
-                Ok(vpn::StartResponse { error_message: tame(&answer.error_message, &self.order), ..answer })
-            }
-            _ => Ok(vpn::StartResponse {
-                success: false,
-                error_message: "the tunnel gave an answer that does not fit the question".to_owned(),
-            }),
-        }
+    pub(super) async fn start(&self, request: vpn::StartRequest) -> Result<vpn::StartResponse, CallError> {
+        let answer = start(&self.speaker, &self.order, request).await?;
+        self.has_started.store(answer.success, Ordering::Release);
+        Ok(answer)
     }
 
     /// Tells the tunnel that the machine has slept.
@@ -199,6 +191,23 @@ impl Running {
             Ok(_) => tracing::warn!("the tunnel gave an answer that does not fit a stop"),
             Err(error) => tracing::warn!(%error, "the tunnel did not answer a stop"),
         }
+    }
+}
+
+async fn start(
+    speaker: &TunnelSpeaker,
+    order: &Order,
+    request: vpn::StartRequest,
+) -> Result<vpn::StartResponse, CallError> {
+    let message = ManagerMessage { rpc: None, msg: Some(manager_message::Msg::Start(request)) };
+    match speaker.request(message, START_LIMIT).await?.msg {
+        Some(tunnel_message::Msg::Start(answer)) => {
+            Ok(vpn::StartResponse { error_message: tame(&answer.error_message, order), ..answer })
+        }
+        _ => Ok(vpn::StartResponse {
+            success: false,
+            error_message: "the tunnel gave an answer that does not fit the question".to_owned(),
+        }),
     }
 }
 

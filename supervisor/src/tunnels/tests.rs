@@ -336,6 +336,7 @@ async fn a_killed_tunnel_is_seen_at_once_and_replaced() {
     assert_eq!(*bench.releases.get(), 0, "the device stays");
 }
 
+/// Conforms: vpn:15.19 vpn:15.29
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tunnel_whose_restarts_all_fail_is_given_up_with_the_reason() {
     let bench = Bench::new("good").await;
@@ -426,6 +427,7 @@ async fn after_a_sleep_of_the_machine_the_tunnel_is_told_once_and_without_one_no
     assert_eq!(words(), 1);
 }
 
+/// Conforms: vpn:15.19
 #[tokio::test(flavor = "multi_thread")]
 async fn the_next_service_resumes_what_the_last_one_was_told() {
     let bench = Bench::new("good").await;
@@ -435,6 +437,8 @@ async fn the_next_service_resumes_what_the_last_one_was_told() {
     assert!(bench.tree.stop(LIMIT).await);
 
     assert!(!is_alive(pid));
+    let shown = bench.service.tunnel.get();
+    assert_eq!((shown.lifecycle, shown.error.as_str()), (Lifecycle::Stopped, "the service is ending"));
     assert!(bench.service.desired.get().up);
     let next = Bench::in_folder("good", bench.folder).await;
     next.until(|shown| shown.lifecycle == Lifecycle::Started).await;
