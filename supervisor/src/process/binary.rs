@@ -106,10 +106,11 @@ pub fn check(path: &Path, own: u32) -> Result<(), BinaryError> {
     if !fs::metadata(&real).map_err(missing)?.is_file() {
         return Err(BinaryError::NoFile { path: path.to_owned() });
     }
+    let trusted = Trusted { own, unmapped: unmapped() };
     // What it is called, and what that leads to: either may be somebody's.
     for exposed in real.ancestors().chain(path.ancestors().skip(1)) {
         let there = fs::metadata(exposed).map_err(missing)?;
-        if is_exposed(&there, own) {
+        if trusted.is_exposed(&there) {
             let (path, exposed) = (path.to_owned(), exposed.to_owned());
             let mode = there.permissions().mode() & 0o7777;
             return Err(BinaryError::Exposed { path, exposed, owner: there.uid(), mode });
@@ -119,12 +120,37 @@ pub fn check(path: &Path, own: u32) -> Result<(), BinaryError> {
     may_run.map_err(|_| BinaryError::NotExecutable { path: path.to_owned() })
 }
 
-fn is_exposed(there: &fs::Metadata, own: u32) -> bool {
-    let mode = there.permissions().mode();
-    let is_group_trusted = there.gid() == ROOT;
-    let is_writable = mode & WRITABLE_BY_OTHERS != 0 || mode & WRITABLE_BY_GROUP != 0 && !is_group_trusted;
-    let is_sticky = there.is_dir() && mode & STICKY != 0;
-    ![ROOT, own].contains(&there.uid()) || is_writable && !is_sticky
+/// Who may have put a program there.
+struct Trusted {
+    own: u32,
+    /// Whose files seem to be root's of outside, in a user namespace.
+    unmapped: Option<u32>,
+}
+
+impl Trusted {
+    fn is_exposed(&self, there: &fs::Metadata) -> bool {
+        let mode = there.permissions().mode();
+        let is_writable =
+            mode & WRITABLE_BY_OTHERS != 0 || mode & WRITABLE_BY_GROUP != 0 && !self.is_root(there.gid());
+        let is_sticky = there.is_dir() && mode & STICKY != 0;
+        let is_ours = self.is_root(there.uid()) || there.uid() == self.own;
+        !is_ours || is_writable && !is_sticky
+    }
+
+    fn is_root(&self, id: u32) -> bool {
+        id == ROOT || Some(id) == self.unmapped
+    }
+}
+
+/// The id that the kernel shows for users without one in our user namespace, root of outside among them; `None`
+/// where every user has one. Users and groups share it unless somebody has changed that.
+fn unmapped() -> Option<u32> {
+    let map = fs::read_to_string("/proc/self/uid_map").ok()?;
+    let ids = map.lines().filter_map(|line| line.split_whitespace().last()?.parse::<u64>().ok());
+    if ids.sum::<u64>() >= u64::from(u32::MAX) {
+        return None;
+    }
+    fs::read_to_string("/proc/sys/kernel/overflowuid").ok()?.trim().parse().ok()
 }
 
 /// Whether this is a version as a configuration may name it: two to four numbers, joined by dots.
@@ -186,7 +212,7 @@ mod tests {
 
     use super::*;
 
-    const NOBODY: u32 = 65534;
+    const NOBODY: u32 = 12345;
 
     fn program(mode: u32, says: &str) -> (TempDir, PathBuf) {
         let folder = tempfile::tempdir().unwrap();
@@ -239,6 +265,15 @@ mod tests {
         let link = elsewhere.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
         assert!(matches!(check(&link, own()), Err(BinaryError::Exposed { .. })), "by another name");
+    }
+
+    #[test]
+    fn in_a_user_namespace_what_belongs_to_nobody_may_be_roots() {
+        let there = fs::metadata("/").unwrap();
+        let outside = Trusted { own: NOBODY, unmapped: None };
+        let inside = Trusted { own: NOBODY, unmapped: Some(there.uid()) };
+        assert!(!inside.is_exposed(&there));
+        assert_eq!(outside.is_exposed(&there), there.uid() != ROOT);
     }
 
     #[test]
