@@ -3,16 +3,19 @@
 //!
 //! ```text
 //!            ┌─ response ─> its waiter
-//! bytes ─> reader ─ anything else ─> Inbox (bounded; the peer waits a while, then the connection ends)
+//! bytes ─> reader ─ anything else ─> Inbox (bounded; what overflows waits a while, then the connection ends)
 //! bytes <─ writer <─ frames (bounded) <─ Speaker, cloned freely
 //! ```
 //!
 //! The reader resolves responses itself and never waits for whoever handles requests, so that neither a
 //! response nor the end of the stream goes unnoticed behind a slow request. The writer alone writes, each
-//! frame whole from one buffer. Both tasks outlive any actor that uses the connection; they end with the
+//! frame whole from one buffer. What is read is bounded thrice by the [`Limits`] of the message: each frame before
+//! its body comes, each message before it is unpacked, and everything together until it is dealt with. Both
+//! tasks outlive any actor that uses the connection; they end with the
 //! stream, with [`Speaker::close`], or when the last [`Speaker`] is dropped.
 
 use std::{
+    collections::VecDeque,
     fmt, io,
     marker::PhantomData,
     sync::{
@@ -25,8 +28,8 @@ use std::{
 use bytes::Bytes;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    sync::{mpsc, oneshot},
-    time::timeout,
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    time::{self, sleep_until, timeout},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 use warren_observability::names;
@@ -42,7 +45,7 @@ mod handshake;
 mod message;
 
 pub use handshake::SpeakerError;
-pub use message::SpeakerMessage;
+pub use message::{Limits, SpeakerMessage};
 
 /// Frames that wait for the writer. Senders wait beyond that; nobody queues more than one or two at a time.
 const QUEUE: usize = 16;
@@ -52,8 +55,11 @@ const _: () = assert!(QUEUE_BYTES <= 300 << 20, "frames that wait must not exhau
 
 /// Messages that wait for whoever handles them.
 const INBOX: usize = 256;
-/// How long a peer that sends more is left waiting. A burst of log lines is over by then; a peer that goes
-/// on without waiting for answers is broken, and its connection ends.
+/// Messages that wait for room in the inbox while the reader reads on: it looks for responses. Beyond that it
+/// stops, and the peer has to wait.
+const OVERFLOW: usize = 256;
+/// How long no room may come. A burst of log lines is over by then; a peer that goes on without waiting for
+/// answers is broken, and its connection ends.
 const ROOM_LIMIT: Duration = Duration::from_secs(5);
 
 /// Bytes read at a time.
@@ -63,7 +69,7 @@ const READ: usize = 16 * 1024;
 const LINGER: Duration = Duration::from_secs(1);
 
 /// A message that another end sent, other than a response.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Incoming<In> {
     /// The message.
     pub message: In,
@@ -71,7 +77,13 @@ pub struct Incoming<In> {
     pub kind: Kind,
     /// When it was read.
     pub received_at: Instant,
+    /// Kept for as long as the message is.
+    pub room: Room,
 }
+
+/// The room that a message takes among all that have been read; dropped, it is there for another.
+#[derive(Debug)]
+pub struct Room(#[expect(dead_code, reason = "held, never looked at")] OwnedSemaphorePermit);
 
 /// Why a connection is over.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -94,7 +106,7 @@ pub enum End {
     #[error("protocol error: {0}")]
     Protocol(#[from] FrameError),
     /// The other end sent more than anybody could handle.
-    #[error("protocol error: more than {INBOX} messages are waiting to be handled")]
+    #[error("protocol error: messages came faster than they could be handled for {ROOM_LIMIT:?}")]
     Overflow,
 }
 
@@ -459,35 +471,71 @@ impl<In: SpeakerMessage> Connection<In> {
         self.winding_down.cancel();
     }
 
+    /// Reads until the connection is over. What was read by then is still handed over, as far as there is room.
     async fn read<R: AsyncRead + Unpin>(&self, mut read: R, inbox: &mpsc::Sender<Incoming<In>>) -> End {
-        let mut decoder = Decoder::new(MAX_FRAME);
-        let mut piece = vec![0; READ];
-        loop {
-            match read.read(&mut piece).await {
-                Ok(0) => return End::Eof,
-                Ok(length) => decoder.extend(piece.get(..length).unwrap_or_default()),
-                Err(error) => return End::Broken { action: "read", error: error.to_string() },
+        let mut arrivals = Arrivals::new();
+        let end = self.read_on(&mut read, &mut arrivals, inbox).await;
+        while let Some(next) = arrivals.waiting.pop_front() {
+            if inbox.try_send(next).is_err() {
+                break;
             }
-            if let Err(end) = self.deliver(&mut decoder, inbox).await {
-                return end;
+        }
+        end
+    }
+
+    async fn read_on<R: AsyncRead + Unpin>(
+        &self,
+        read: &mut R,
+        arrivals: &mut Arrivals<In>,
+        inbox: &mpsc::Sender<Incoming<In>>,
+    ) -> End {
+        let mut piece = vec![0; READ];
+        let mut progress = time::Instant::now();
+        loop {
+            if let Err(error) = self.sort(arrivals) {
+                return error.into();
+            }
+            if arrivals.begins_to_pause(inbox) {
+                tracing::warn!(
+                    leg = self.leg,
+                    "the peer has to wait: what it sent before is not handled yet"
+                );
+            }
+            tokio::select! {
+                biased;
+                slot = inbox.reserve(), if !arrivals.waiting.is_empty() => {
+                    progress = time::Instant::now();
+                    arrivals.hand_over(slot.ok());
+                }
+                room = arrivals.room_for_stuck(), if arrivals.stuck.is_some() => {
+                    progress = time::Instant::now();
+                    arrivals.release(room);
+                }
+                () = sleep_until(progress + ROOM_LIMIT), if arrivals.is_blocked() => return End::Overflow,
+                arrived = read.read(&mut piece), if arrivals.may_read() => match arrived {
+                    Ok(0) => return End::Eof,
+                    Ok(length) => {
+                        if !arrivals.is_blocked() {
+                            progress = time::Instant::now();
+                        }
+                        arrivals.decoder.extend(piece.get(..length).unwrap_or_default());
+                    }
+                    Err(error) => return End::Broken { action: "read", error: error.to_string() },
+                },
             }
         }
     }
 
-    async fn deliver(&self, decoder: &mut Decoder, inbox: &mpsc::Sender<Incoming<In>>) -> Result<(), End> {
-        while let Some(message) = decoder.next::<In>()? {
+    /// Takes messages out of what has been read: responses go to their calls, others wait for the inbox.
+    fn sort(&self, arrivals: &mut Arrivals<In>) -> Result<(), FrameError> {
+        while arrivals.may_read() {
+            let Some((message, weight)) = arrivals.next()? else { return Ok(()) };
             self.count_frame("in", message.method());
-            let kind = classify(message.rpc());
-            if let Kind::Response(id) = kind {
-                self.resolve(id, message);
-                continue;
-            }
-            let received_at = Instant::now();
-            match timeout(ROOM_LIMIT, inbox.reserve()).await {
-                Ok(Ok(room)) => room.send(Incoming { message, kind, received_at }),
-                Err(_) => return Err(End::Overflow),
-                // Nobody wants requests, but calls still get their responses.
-                Ok(Err(mpsc::error::SendError(()))) => {}
+            match classify(message.rpc()) {
+                Kind::Response(id) => self.resolve(id, message),
+                kind @ (Kind::Request(_) | Kind::Notification | Kind::Stray) => {
+                    arrivals.keep(Unplaced { message, kind, received_at: Instant::now(), weight });
+                }
             }
         }
         Ok(())
@@ -585,6 +633,100 @@ impl<In: SpeakerMessage> Connection<In> {
             let _ = written.send(());
         }
         Ok(())
+    }
+}
+
+/// What a reader has read and not handed over.
+struct Arrivals<In> {
+    decoder: Decoder,
+    /// Bytes that messages may take from here until they are dealt with.
+    room: Arc<Semaphore>,
+    /// In the order they came.
+    waiting: VecDeque<Incoming<In>>,
+    /// Behind those, the one that there is no room for.
+    stuck: Option<Unplaced<In>>,
+    /// Nothing is read until there is room; said once.
+    is_paused: bool,
+}
+
+/// A message that has no room yet.
+struct Unplaced<In> {
+    message: In,
+    kind: Kind,
+    received_at: Instant,
+    weight: u32,
+}
+
+impl<In> Unplaced<In> {
+    fn place(self, room: OwnedSemaphorePermit) -> Incoming<In> {
+        let Self { message, kind, received_at, weight: _ } = self;
+        Incoming { message, kind, received_at, room: Room(room) }
+    }
+}
+
+impl<In: SpeakerMessage> Arrivals<In> {
+    fn new() -> Self {
+        Self {
+            decoder: Decoder::new(In::LIMITS.frame),
+            room: Arc::new(Semaphore::new(In::LIMITS.in_flight)),
+            waiting: VecDeque::new(),
+            stuck: None,
+            is_paused: false,
+        }
+    }
+
+    /// The next message and its weight.
+    fn next(&mut self) -> Result<Option<(In, u32)>, FrameError> {
+        let Some(payload) = self.decoder.next_payload()? else { return Ok(None) };
+        if payload.is_empty() && !In::LIMITS.may_be_empty {
+            return Err(FrameError::Empty);
+        }
+        let weight = size_of::<Incoming<In>>() + payload.len() + In::SHAPE.weigh(&payload);
+        let limit = In::LIMITS.unpacked;
+        let too_heavy = FrameError::TooHeavy { weight, limit };
+        let weight = u32::try_from(weight).ok().filter(|_| weight <= limit).ok_or(too_heavy)?;
+        Ok(Some((frame::unpack(payload)?, weight)))
+    }
+
+    /// Nobody may want requests; calls still get their responses.
+    fn hand_over(&mut self, slot: Option<mpsc::Permit<'_, Incoming<In>>>) {
+        if let (Some(next), Some(slot)) = (self.waiting.pop_front(), slot) {
+            slot.send(next);
+        }
+        self.is_paused &= !self.waiting.is_empty();
+    }
+
+    fn keep(&mut self, arrived: Unplaced<In>) {
+        match Arc::clone(&self.room).try_acquire_many_owned(arrived.weight) {
+            Ok(room) => self.waiting.push_back(arrived.place(room)),
+            Err(_) => self.stuck = Some(arrived),
+        }
+    }
+
+    /// Waits for room for the message that has none.
+    async fn room_for_stuck(&self) -> Option<OwnedSemaphorePermit> {
+        let weight = self.stuck.as_ref()?.weight;
+        Arc::clone(&self.room).acquire_many_owned(weight).await.ok()
+    }
+
+    fn release(&mut self, room: Option<OwnedSemaphorePermit>) {
+        if let (Some(stuck), Some(room)) = (self.stuck.take(), room) {
+            self.waiting.push_back(stuck.place(room));
+        }
+    }
+
+    fn may_read(&self) -> bool {
+        self.stuck.is_none() && self.waiting.len() < OVERFLOW
+    }
+
+    /// Whether reading stops, and is not known to: said once until all that waited has gone.
+    fn begins_to_pause(&mut self, inbox: &mpsc::Sender<Incoming<In>>) -> bool {
+        let pauses = !self.may_read() && (self.stuck.is_some() || inbox.capacity() == 0);
+        pauses && !std::mem::replace(&mut self.is_paused, true)
+    }
+
+    fn is_blocked(&self) -> bool {
+        self.stuck.is_some() || !self.waiting.is_empty()
     }
 }
 

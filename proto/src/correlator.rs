@@ -94,6 +94,7 @@ mod tests {
         assert_eq!(classify(&rpc(9, 1)), Kind::Response(1));
     }
 
+    /// Conforms: vpn:15.6
     #[test]
     fn ids_begin_at_one_and_a_response_is_given_out_once() {
         let mut correlator = Correlator::default();

@@ -24,6 +24,14 @@ pub enum FrameError {
         /// The limit.
         limit: usize,
     },
+    /// The payload would take more than the limit once it is unpacked.
+    #[error("a frame that unpacks to {weight} bytes exceeds the limit of {limit}")]
+    TooHeavy {
+        /// Bytes it would take.
+        weight: usize,
+        /// The limit.
+        limit: usize,
+    },
     /// The payload is not such a message.
     #[error("undecodable frame: {0}")]
     Malformed(prost::DecodeError),
@@ -46,6 +54,11 @@ pub fn encode_within<M: Message>(message: &M, limit: usize) -> Result<Bytes, Fra
     frame.put_u32(prefix);
     message.encode_raw(&mut frame);
     Ok(frame.freeze())
+}
+
+/// The message of a payload.
+pub fn unpack<M: Message + Default>(payload: Bytes) -> Result<M, FrameError> {
+    M::decode(payload).map_err(FrameError::Malformed)
 }
 
 /// Turns bytes as they arrive into messages. Memory grows with what has arrived, never with what a
@@ -71,6 +84,11 @@ impl Decoder {
     /// an error the stream has lost its frame borders and is of no further use.
     #[expect(clippy::should_implement_trait, reason = "each call says which message it expects")]
     pub fn next<M: Message + Default>(&mut self) -> Result<Option<M>, FrameError> {
+        self.next_payload()?.map(unpack).transpose()
+    }
+
+    /// The next payload as it was sent, for [`unpack`]; `None` until more bytes have arrived.
+    pub fn next_payload(&mut self) -> Result<Option<Bytes>, FrameError> {
         let Some((prefix, arrived)) = self.buffer.split_first_chunk::<PREFIX>() else { return Ok(None) };
         let length = usize::try_from(u32::from_be_bytes(*prefix)).unwrap_or(usize::MAX);
         if length > self.limit {
@@ -85,7 +103,7 @@ impl Decoder {
             // The room of a large frame is given back rather than kept for the life of the connection.
             self.buffer = BytesMut::new();
         }
-        M::decode(payload).map(Some).map_err(FrameError::Malformed)
+        Ok(Some(payload))
     }
 
     /// Whether no frame has begun: where a stream may end in order.
@@ -106,9 +124,12 @@ mod tests {
         vpn::TunnelMessage { rpc: None, msg: Some(vpn::tunnel_message::Msg::Log(log)) }
     }
 
+    /// Conforms: vpn:W2 vpn:16.2.4
     #[test]
     fn nothing_empty_and_nothing_over_the_limit_is_encoded() {
         assert_eq!(encode(&vpn::TunnelMessage::default()), Err(FrameError::Empty));
+        let error = encode(&log(&"x".repeat(MAX_FRAME))).unwrap_err().to_string();
+        assert_eq!(error, "a frame of 16777226 bytes exceeds the limit of 16777216");
         let message = log("hello");
         let length = message.encoded_len();
         assert!(encode_within(&message, length).is_ok());
@@ -116,6 +137,7 @@ mod tests {
         assert_eq!(encode_within(&message, limit), Err(FrameError::TooLong { length, limit }));
     }
 
+    /// Conforms: vpn:W3
     #[test]
     fn a_length_over_the_limit_is_refused_before_its_body_arrives() {
         let mut decoder = Decoder::new(MAX_FRAME);
@@ -135,6 +157,17 @@ mod tests {
         assert!(decoder.buffer.capacity() < 1024, "{}", decoder.buffer.capacity());
     }
 
+    /// Conforms: vpn:W5
+    #[test]
+    fn a_frame_of_one_zero_byte_is_refused_in_the_words_of_the_decoder() {
+        let mut decoder = Decoder::new(MAX_FRAME);
+        decoder.extend(&[0, 0, 0, 1, 0]);
+        let Err(FrameError::Malformed(inner)) = decoder.next::<vpn::TunnelMessage>() else {
+            panic!("a zero byte was decoded")
+        };
+        assert_eq!(FrameError::Malformed(inner.clone()).to_string(), format!("undecodable frame: {inner}"));
+    }
+
     #[test]
     fn an_empty_frame_is_an_empty_message_and_zero_bytes_are_none() {
         let mut decoder = Decoder::new(MAX_FRAME);
@@ -144,6 +177,7 @@ mod tests {
     }
 
     proptest! {
+        /// Conforms: vpn:W1 vpn:S3
         #[test]
         fn frames_survive_any_cutting(texts in proptest::collection::vec(".{0,40}", 1..6), step in 1_usize..50) {
             let messages: Vec<_> = texts.iter().map(|text| log(text)).collect();

@@ -272,12 +272,14 @@ mod tests {
         text.parse().unwrap()
     }
 
+    /// Conforms: vpn:V1
     #[test]
     fn the_supported_versions_are_themselves_a_valid_list() {
         assert_eq!(validate(SUPPORTED.versions()), Ok(()));
         assert_eq!(line(Role::Tunnel, &SUPPORTED), "codervpn tunnel 1.3\n");
     }
 
+    /// Conforms: vpn:V2 vpn:V3 vpn:W16
     #[test]
     fn a_version_is_two_unsigned_decimals_and_its_major_is_not_zero() {
         for text in ["1.0", "12.34", "1.18446744073709551615"] {
@@ -290,6 +292,7 @@ mod tests {
         }
     }
 
+    /// Conforms: vpn:V5
     #[test]
     fn a_list_renders_as_it_was_written() {
         for text in ["1.0", "1.1,2.3,3.2"] {
@@ -297,6 +300,7 @@ mod tests {
         }
     }
 
+    /// Conforms: vpn:V6 vpn:V7
     #[test]
     fn a_bad_list_is_refused_with_its_defect() {
         let cases = [
@@ -309,16 +313,29 @@ mod tests {
         for (text, error) in cases {
             assert_eq!(text.parse::<VersionList>().unwrap_err().to_string(), error);
         }
-        assert_eq!(VersionList::new(vec![]), Err(ListDefect::Empty));
+        let of = |versions: &[(u64, u64)]| {
+            VersionList::new(versions.iter().map(|&(major, minor)| Version { major, minor }).collect())
+                .map(|list| list.to_string())
+        };
+        assert_eq!(of(&[(1, 0), (2, 4)]), Ok("1.0,2.4".to_owned()));
+        assert_eq!(of(&[]), Err(ListDefect::Empty));
+        assert_eq!(of(&[(1, 0), (1, 0)]), Err(ListDefect::DuplicateMajor(1)));
+        assert_eq!(of(&[(1, 0), (1, 2)]), Err(ListDefect::DuplicateMajor(1)));
+        assert_eq!(of(&[(2, 0), (1, 0)]), Err(ListDefect::Unsorted));
         let zero = Version { major: 0, minor: 4 };
         assert_eq!(VersionList::new(vec![zero]), Err(ListDefect::ZeroMajor(zero)));
     }
 
+    /// Conforms: vpn:V4 vpn:W17
     #[test]
     fn both_ends_agree_on_the_highest_common_major_and_the_lower_minor() {
         let cases = [
             ("1.0", "1.0", Some("1.0")),
             ("1.2", "1.3", Some("1.2")),
+            ("2.1", "2.2", Some("2.1")),
+            ("2.1", "2.0", Some("2.0")),
+            ("2.1", "3.1", None),
+            ("2.1", "1.1", None),
             ("1.0", "2.0", None),
             ("1.2,2.4,3.2", "1.2,2.4,3.2", Some("3.2")),
             ("1.2,2.4,3.2", "4.1,5.2", None),
@@ -332,6 +349,28 @@ mod tests {
                 let negotiated = list(a).negotiate(&list(b)).ok().map(|version| version.to_string());
                 assert_eq!(negotiated.as_deref(), expected, "{a} with {b}");
             }
+        }
+    }
+
+    /// Conforms: vpn:W14 vpn:W15
+    #[test]
+    fn a_line_is_read_back_for_each_role_and_refused_with_its_defect_otherwise() {
+        let roles = [Role::Manager, Role::Tunnel, Role::Service, Role::Client];
+        assert_eq!(roles.map(Role::as_str), ["manager", "tunnel", "service", "client"]);
+        for role in roles {
+            for versions in ["1.3,2.1", "1.0"] {
+                let text = line(role, &list(versions));
+                assert_eq!(text, format!("codervpn {role} {versions}\n"));
+                assert_eq!(parse_line(text.trim_end().as_bytes(), role), Ok(list(versions)));
+            }
+        }
+        let refused = |text: &str| parse_line(text.as_bytes(), Role::Tunnel).unwrap_err().to_string();
+        for text in ["codervpn", "codervpn tunnel", "codervpn tunnel 1.0 2.0", "codervpn tunnel 1.0 "] {
+            assert_eq!(refused(text), "wrong number of parts", "{text}");
+        }
+        assert_eq!(refused("cats tunnel 1.0"), "invalid preamble");
+        for text in ["codervpn  1.0", "codervpn cats 1.0", "codervpn manager 1.0"] {
+            assert_eq!(refused(text), "unexpected role", "{text}");
         }
     }
 

@@ -11,6 +11,8 @@ pub mod header;
 pub mod key;
 pub mod link;
 pub mod name;
+pub mod network;
 pub mod tailnet;
 pub mod tsmp;
 pub mod vpn;
+pub mod weight;

@@ -245,7 +245,7 @@ impl Session {
     /// Answers until the client is gone, or does not read. What it has begun goes on without it.
     async fn answer(&self, mut inbox: Inbox<ClientMessage>) {
         let room = Arc::new(tokio::sync::Semaphore::new(MAX_REQUESTS));
-        while let Some(Incoming { message, kind, received_at }) = inbox.recv().await {
+        while let Some(Incoming { message, kind, received_at, room: bytes }) = inbox.recv().await {
             let id = match kind {
                 Kind::Request(id) => id,
                 Kind::Response(_) | Kind::Notification | Kind::Stray => {
@@ -256,7 +256,7 @@ impl Session {
             let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
             let (service, client, caller) = (Arc::clone(&self.service), self.client.clone(), self.caller);
             tokio::spawn(async move {
-                let _permit = permit;
+                let _held = (permit, bytes);
                 let Some((method, answer)) = work(&service, caller, message.msg).await else { return };
                 count(method, &answer, received_at);
                 if !send(&client, Some(id), answer).await {

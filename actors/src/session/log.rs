@@ -215,6 +215,7 @@ mod tests {
         assert_eq!(texts, ["a", "b", "c", "d"]);
     }
 
+    /// Conforms: vpn:15.14
     #[test]
     fn the_least_important_lines_are_lost_first_and_the_loss_is_told() {
         let sink = open_sink();

@@ -1,12 +1,11 @@
 //! Asking a manager that owns the network to configure it (vpn-protocol 9.1): only what it has not
 //! acknowledged yet, one request at a time, each with a limit.
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, net::IpAddr, time::Duration};
 
-use warren_proto::vpn::{
-    ManagerMessage, NetworkSettingsRequest, TunnelMessage, manager_message,
-    network_settings_request::{IPv6Settings, i_pv6_settings::IPv6Route},
-    tunnel_message,
+use warren_proto::{
+    network::Router,
+    vpn::{ManagerMessage, NetworkSettingsRequest, TunnelMessage, manager_message, tunnel_message},
 };
 
 use crate::{
@@ -69,21 +68,13 @@ async fn ask(
 
 /// The settings as a request: one address, the routes, the MTU. What is absent stays as it is.
 fn request(wanted: &InterfaceConfig) -> NetworkSettingsRequest {
-    let route = |(destination, length): &(std::net::Ipv6Addr, u8)| IPv6Route {
-        destination: destination.to_string(),
-        prefix_length: u32::from(*length),
-        router: String::new(),
-    };
-    NetworkSettingsRequest {
+    let included = wanted.routes.iter().map(|(network, length)| (IpAddr::from(*network), *length));
+    NetworkSettingsRequest::from(&Router {
         mtu: wanted.mtu,
-        ipv6_settings: Some(IPv6Settings {
-            addrs: vec![wanted.address.to_string()],
-            prefix_lengths: vec![128],
-            included_routes: wanted.routes.iter().map(route).collect(),
-            excluded_routes: Vec::new(),
-        }),
-        ..NetworkSettingsRequest::default()
-    }
+        addresses: vec![(wanted.address.into(), 128)],
+        included: included.collect(),
+        excluded: Vec::new(),
+    })
 }
 
 #[cfg(test)]

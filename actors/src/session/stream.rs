@@ -22,7 +22,7 @@ use super::start;
 use crate::{
     facts::Net,
     runtime::View,
-    speaker::{End, Inbox, Slot, Speaker, SpeakerMessage},
+    speaker::{End, Inbox, Incoming, Room, Slot, Speaker, SpeakerMessage},
 };
 
 /// Requests without an answer at any time. Beyond that nothing is taken from the inbox, and a manager that
@@ -107,7 +107,7 @@ pub struct Stream {
     speaker: Speaker<TunnelMessage, ManagerMessage>,
     inbox: sync::Mutex<Inbox<ManagerMessage>>,
     open: Mutex<Open>,
-    room: Arc<Semaphore>,
+    places: Arc<Semaphore>,
     sent: sync::Mutex<Arc<Snapshot>>,
 }
 
@@ -122,7 +122,8 @@ struct OpenRequest {
     request: Arc<Request>,
     /// A session has taken it and will answer it, unless it crashes.
     in_hand: bool,
-    _room: OwnedSemaphorePermit,
+    _place: OwnedSemaphorePermit,
+    _room: Room,
 }
 
 impl Stream {
@@ -132,7 +133,7 @@ impl Stream {
             speaker,
             inbox: sync::Mutex::new(inbox),
             open: Mutex::default(),
-            room: Arc::new(Semaphore::new(OPEN_REQUESTS)),
+            places: Arc::new(Semaphore::new(OPEN_REQUESTS)),
             sent: sync::Mutex::default(),
         }
     }
@@ -171,12 +172,12 @@ impl Stream {
     /// Waits for the next request and keeps it for [`Self::take`]. Cancelled, it loses none. Returns whether
     /// more may come.
     pub(super) async fn admit(&self, inbox: &mut Inbox<ManagerMessage>) -> bool {
-        let Ok(room) = Arc::clone(&self.room).acquire_owned().await else { return false };
+        let Ok(place) = Arc::clone(&self.places).acquire_owned().await else { return false };
         loop {
             let Some(incoming) = inbox.recv().await else { return false };
             match incoming.kind {
                 Kind::Request(id) => {
-                    self.keep(id, incoming.received_at, incoming.message, room);
+                    self.keep(id, incoming, place);
                     return true;
                 }
                 Kind::Response(_) | Kind::Notification | Kind::Stray => {
@@ -186,12 +187,13 @@ impl Stream {
         }
     }
 
-    fn keep(&self, id: u64, received_at: Instant, message: ManagerMessage, room: OwnedSemaphorePermit) {
+    fn keep(&self, id: u64, incoming: Incoming<ManagerMessage>, place: OwnedSemaphorePermit) {
+        let Incoming { message, kind: _, received_at, room } = incoming;
         let mut open = self.open();
         open.last += 1;
         let ticket = Ticket(open.last);
         let request = Arc::new(Request { ticket, id, received_at, crashes: 0, message });
-        open.requests.insert(ticket, OpenRequest { request, in_hand: false, _room: room });
+        open.requests.insert(ticket, OpenRequest { request, in_hand: false, _place: place, _room: room });
     }
 
     /// The oldest request that no session has in hand.
