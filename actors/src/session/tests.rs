@@ -27,7 +27,7 @@ use crate::{
     dial::{DialOptions, Dialer},
     facts::{Identity, InterfaceConfig, LinkState},
     runtime::{Running, starter},
-    speaker::Speaker,
+    speaker::{CallError, End, SendError, Speaker},
 };
 
 mod limits;
@@ -69,6 +69,7 @@ mod starting {
         assert_eq!(net.host.get().applied, Some(interface(1280)));
     }
 
+    /// Conforms: vpn:15.8
     #[tokio::test(start_paused = true)]
     async fn settings_that_the_manager_refuses_fail_the_start() {
         for (reply, error) in [
@@ -100,6 +101,7 @@ mod starting {
         assert!(rig.deps.boot.get().is_none());
     }
 
+    /// Conforms: vpn:15.3
     #[tokio::test(start_paused = true)]
     async fn a_second_start_is_refused_and_does_not_disturb_the_first() {
         let mut rig = Rig::started().await;
@@ -125,6 +127,7 @@ mod starting {
         assert_eq!(rig.frame().await, answer(2, started()));
     }
 
+    /// Conforms: vpn:15.4 vpn:15.30
     #[tokio::test(start_paused = true)]
     async fn a_start_without_success_tells_at_its_deadline_what_it_waited_for() {
         let mut rig = Rig::new().await;
@@ -138,6 +141,7 @@ mod starting {
         assert!(begun.elapsed() >= START_LIMIT);
     }
 
+    /// Conforms: vpn:15.4
     #[tokio::test(start_paused = true)]
     async fn a_start_is_answered_even_if_nothing_is_ever_built() {
         let mut rig = Rig::without_root().await;
@@ -150,6 +154,7 @@ mod starting {
 mod stopping {
     use super::*;
 
+    /// Conforms: vpn:D3 vpn:D6
     #[tokio::test(start_paused = true)]
     async fn a_stop_is_valid_before_any_start_and_its_answer_is_the_last_frame() {
         let mut rig = Rig::new().await;
@@ -157,9 +162,21 @@ mod stopping {
         assert_eq!(rig.frame().await, answer(1, stopped()));
         rig.expect_end().await;
         assert_eq!(rig.deps.stream.ended().await, Ended::Stopped);
+
+        // Nothing that comes later is sent, or waits.
+        rig.deps.logs.push(vpn::log::Level::Info, &["vpn"], "late", &[]);
+        assert!(!rig.deps.logs.is_open());
+        let speaker = rig.deps.stream.speaker();
+        let update = tunnel_message::Msg::PeerUpdate(vpn::PeerUpdate::default());
+        let late = speaker.notify(TunnelMessage { rpc: None, msg: Some(update) }).await;
+        assert_eq!(late, Err(SendError::Ended(End::Closed)));
+        let settings = tunnel_message::Msg::NetworkSettings(vpn::NetworkSettingsRequest::default());
+        let late = speaker.request(TunnelMessage { rpc: None, msg: Some(settings) }, PATIENCE).await;
+        assert_eq!(late, Err(CallError::Ended(End::Closed)));
+        assert!(rig.deps.boot.get().is_none() && rig.deps.net.get().is_none());
     }
 
-    /// Conforms: vpn:T2
+    /// Conforms: vpn:T2 vpn:D4
     #[tokio::test(start_paused = true)]
     async fn a_stop_is_answered_when_the_net_is_gone() {
         let mut rig = Rig::started().await;
@@ -167,6 +184,37 @@ mod stopping {
         assert_eq!(rig.frame().await, answer(2, stopped()));
         assert!(rig.deps.boot.get().is_none() && rig.deps.net.get().is_none());
         rig.expect_end().await;
+        // What the session runs in is still there.
+        assert!(matches!(rig.phase().await, Phase::Stopping { .. }));
+    }
+
+    /// Conforms: vpn:D5 vpn:D1 vpn:15.7
+    #[tokio::test(start_paused = true)]
+    async fn a_stop_releases_everyone_who_waits_for_the_manager_to_read() {
+        let mut rig = Rig::agreed().await;
+        let net = rig.net().await;
+        let (peers, wanted) = (net.peers.claim().unwrap(), net.interface.claim().unwrap());
+        // An update, a log line and a request, each behind a pipe that is full, and more behind those.
+        for round in 0..3 {
+            peers.set(snapshot(400, &format!("round {round}")));
+            for _ in 0..50 {
+                rig.deps.logs.push(vpn::log::Level::Info, &["vpn"], &"x".repeat(1000), &[]);
+            }
+            wanted.set(Some(interface(1400 + round)));
+            settle().await;
+        }
+        let begun = Instant::now();
+        rig.send(2, stop()).await;
+        // The net ends whether or not the manager reads.
+        rig.deps.net.view().wait_for(Option::is_none).await;
+        assert!(begun.elapsed() < STOP_LIMIT);
+
+        let mut last = None;
+        while let Some(message) = rig.next().await {
+            last = Some(message);
+        }
+        assert_eq!(last, Some(answer(2, stopped())));
+        assert!(begun.elapsed() < STOP_LIMIT);
     }
 
     #[tokio::test(start_paused = true)]
@@ -185,6 +233,7 @@ mod stopping {
         rig.expect_end().await;
     }
 
+    /// Conforms: vpn:15.4
     #[tokio::test(start_paused = true)]
     async fn a_stop_cancels_a_start_and_both_are_answered() {
         let mut rig = Rig::new().await;
@@ -198,6 +247,7 @@ mod stopping {
         rig.expect_end().await;
     }
 
+    /// Conforms: vpn:15.34 vpn:D2
     #[tokio::test(start_paused = true)]
     async fn a_stop_abandons_a_settings_request_that_nobody_answers() {
         let mut rig = Rig::new().await;
@@ -242,6 +292,41 @@ mod stopping {
 mod peers {
     use super::*;
 
+    /// Conforms: vpn:16.2.6
+    #[tokio::test(start_paused = true)]
+    async fn a_manager_that_does_not_read_for_a_minute_piles_up_no_more_than_one_state_and_the_log() {
+        let mut rig = Rig::agreed().await;
+        let peers = rig.net().await.peers.claim().unwrap();
+        for round in 0..70 {
+            peers.set(snapshot(300, &format!("round {round}")));
+            for line in 0..100 {
+                rig.deps.logs.push(vpn::log::Level::Info, &["vpn"], &format!("{round}: {line}"), &[]);
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+
+        let (mut updates, mut lines, mut lost, mut names) = (0, 0, 0, BTreeMap::new());
+        while let Ok(message) = tokio::time::timeout(Duration::from_secs(2), rig.next()).await {
+            match message.unwrap().msg.unwrap() {
+                tunnel_message::Msg::PeerUpdate(update) => {
+                    updates += 1;
+                    names.extend(update.upserted_agents.into_iter().map(|agent| (agent.id, agent.name)));
+                }
+                tunnel_message::Msg::Log(line) => {
+                    lines += 1;
+                    lost += line.fields.iter().filter_map(|it| it.value.parse::<u64>().ok()).sum::<u64>();
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(updates <= 3, "{updates} updates waited");
+        assert!(lines <= 1100, "{lines} lines waited");
+        assert!(lost >= 7000 - 1100, "{lost}");
+        assert_eq!(names.len(), 300);
+        assert!(names.values().all(|name| name == "round 69"));
+    }
+
+    /// Conforms: vpn:15.2
     #[tokio::test(start_paused = true)]
     async fn a_question_for_peers_is_always_answered() {
         let mut rig = Rig::new().await;
@@ -325,6 +410,7 @@ mod waking {
 mod settings_requests {
     use super::*;
 
+    /// Conforms: vpn:15.13
     #[tokio::test(start_paused = true)]
     async fn what_was_acknowledged_is_not_asked_for_again() {
         let mut rig = Rig::new().await;
@@ -353,6 +439,26 @@ mod settings_requests {
         rig.respond(id, agreed()).await;
         settle().await;
         assert_eq!(*net.host.get(), HostState { applied: Some(interface(1280)), error: None });
+    }
+
+    /// Conforms: vpn:15.5
+    #[tokio::test(start_paused = true)]
+    async fn a_start_that_takes_its_time_delays_neither_requests_behind_it_nor_responses() {
+        let mut rig = Rig::new().await;
+        rig.send(1, start(DESCRIPTOR)).await;
+        let net = rig.net().await;
+        net.interface.claim().unwrap().set(Some(interface(1280)));
+        let (asked, _) = rig.settings_request().await;
+        rig.send(2, wake()).await;
+        rig.send(3, peers_wanted()).await;
+        rig.respond(asked, agreed()).await;
+        settle().await;
+        assert_eq!(net.host.get().applied, Some(interface(1280)));
+        let mut answered = [rig.frame().await, rig.frame().await].map(|it| it.rpc.unwrap().response_to);
+        answered.sort_unstable();
+        assert_eq!(answered, [2, 3]);
+        net.link.claim().unwrap().set(UP);
+        assert_eq!(rig.frame().await, answer(1, started()));
     }
 
     #[tokio::test(start_paused = true)]
@@ -538,6 +644,7 @@ mod crashing {
 mod the_stream {
     use super::*;
 
+    /// Conforms: vpn:15.31
     #[tokio::test(start_paused = true)]
     async fn a_manager_that_goes_away_is_a_stop_without_an_answer() {
         let rig = Rig::started().await;
@@ -557,6 +664,7 @@ mod the_stream {
         rig.deps.net.view().wait_for(Option::is_none).await;
     }
 
+    /// Conforms: vpn:15.9
     #[tokio::test(start_paused = true)]
     async fn what_is_no_known_request_gets_no_answer_and_does_no_harm() {
         let mut rig = Rig::new().await;
@@ -636,6 +744,19 @@ impl Rig {
     async fn started_with(root: Root) -> Self {
         let mut rig = Self::with(root).await;
         rig.start_up(1).await;
+        rig
+    }
+
+    /// Started by a manager that owns the network and has agreed to its settings.
+    async fn agreed() -> Self {
+        let mut rig = Self::new().await;
+        rig.send(1, start(DESCRIPTOR)).await;
+        let net = rig.net().await;
+        net.link.claim().unwrap().set(UP);
+        net.interface.claim().unwrap().set(Some(interface(1280)));
+        let (id, _) = rig.settings_request().await;
+        rig.respond(id, agreed()).await;
+        assert_eq!(rig.frame().await, answer(1, started()));
         rig
     }
 
