@@ -4,37 +4,29 @@
 
 mod support;
 
-use std::{
-    os::{
-        fd::OwnedFd,
-        unix::net::{UnixDatagram, UnixStream},
-    },
-    path::Path,
-    process::Stdio,
-    time::Duration,
-};
+use std::{os::unix::net::UnixDatagram, path::Path, process::Stdio, time::Duration};
 
 use futures::TryStreamExt;
-use rustix::process::{Pid, Signal};
-use support::{LIMIT, WARREN, can_isolate};
+use rustix::process::Signal;
+use support::{
+    LIMIT, WARREN, can_isolate,
+    tunnel::{DESCRIPTOR, Handed, Tunnel, answer, lab, lines, start},
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    process::{Child, ChildStdin, ChildStdout, Command},
+    process::Command,
     time::{sleep, timeout},
 };
 use warren_lab::{Ended, Lab, LabOptions, Recording};
 use warren_proto::{
-    frame::{self, Decoder, MAX_FRAME},
+    frame,
     vpn::{
         Agent, GetPeerUpdate, ManagerMessage, NetworkSettingsResponse, PeerUpdate, Rpc, StartRequest,
-        StartResponse, StopRequest, StopResponse, TunnelMessage, manager_message::Msg as Order,
-        start_request, tunnel_message::Msg,
+        StartResponse, StopRequest, StopResponse, WakeRequest, manager_message::Msg as Order, start_request,
+        tunnel_message::Msg,
     },
 };
 use warren_supervisor::link::LinkClient;
-
-const OUR_LINE: &[u8] = b"codervpn manager 1.3\n";
-const ITS_LINE: &[u8] = b"codervpn tunnel 1.3\n";
 
 mod command_line {
     use super::*;
@@ -118,6 +110,7 @@ mod command_line {
 mod requests {
     use super::*;
 
+    /// Conforms: vpn:15.2
     #[tokio::test]
     async fn peers_are_told_before_a_start_too_and_then_there_are_none() {
         let mut tunnel = Tunnel::greeted().await;
@@ -281,7 +274,7 @@ mod own_network {
     /// Set for the test's second life, inside namespaces of its own.
     const INSIDE: &str = "WARREN_TEST_INSIDE";
 
-    /// Conforms: vpn:15.17 vpn:15.18 vpn:15.38
+    /// Conforms: vpn:15.17 vpn:15.18 vpn:15.38 vpn:16.2.3
     #[tokio::test]
     async fn a_tunnel_that_owns_its_network_makes_and_sets_a_device_that_goes_with_it() {
         if std::env::var_os(INSIDE).is_some() {
@@ -305,13 +298,19 @@ mod own_network {
 
     async fn inside() {
         loopback_up().await;
-        let rules = rules().await;
         let lab = lab().await;
+        for (end, status) in [("stop", 0), ("EOF", 69), ("SIGTERM", 0)] {
+            made_used_and_gone(&lab, end, status).await;
+        }
+    }
+
+    async fn made_used_and_gone(lab: &Lab, end: &str, status: i32) {
+        let rules = rules().await;
         let mut tunnel = Tunnel::spawn(&["--no-device=false"], Handed::Nothing).await.greet().await;
-        tunnel.send(8, start(&lab, "wrong-token", 0)).await;
+        tunnel.send(8, start(lab, "wrong-token", 0)).await;
         assert!(!tunnel.start_response(8).await.success);
         eventually(|| !has("dev", "warren0:")).await;
-        tunnel.start(&lab).await;
+        tunnel.start(lab).await;
         // Start does not wait for the kernel to have everything.
         eventually(|| has("if_inet6", "fd60627aa42b")).await;
         eventually(|| has("ipv6_route", "fd60627aa42b00000000000000000000 30 ")).await;
@@ -320,10 +319,15 @@ mod own_network {
         assert!(page.starts_with("HTTP/1.1 200"), "{page}");
         assert_eq!(self::rules().await, rules, "one route is all it takes");
 
-        tunnel.send(2, Order::Stop(StopRequest {})).await;
+        match end {
+            "stop" => tunnel.send(2, Order::Stop(StopRequest {})).await,
+            "EOF" => drop(tunnel.stdin.take()),
+            _ => tunnel.signal(Signal::TERM),
+        }
 
-        assert_eq!(tunnel.exit().await, 0);
-        assert!(!has("dev", "warren0:") && !has("if_inet6", "fd60"));
+        assert_eq!(tunnel.exit().await, status, "{end}");
+        assert!(!has("dev", "warren0:") && !has("if_inet6", "fd60"), "{end}");
+        assert!(!has("ipv6_route", "fd60"), "{end}");
     }
 
     /// Whether a line of this table of the kernel begins so and is about our device.
@@ -362,7 +366,7 @@ mod own_network {
 mod ends {
     use super::*;
 
-    /// Conforms: vpn:T2 vpn:15.1
+    /// Conforms: vpn:T2 vpn:15.1 vpn:16.2.3 vpn:D6
     #[tokio::test]
     async fn the_answer_to_a_stop_is_the_last_frame_and_the_deployment_hears_a_goodbye() {
         let lab = lab().await;
@@ -396,7 +400,7 @@ mod ends {
         assert!(!matches!(unanswered, Ok(Ok(_))), "{unanswered:?}");
     }
 
-    /// Conforms: vpn:15.1
+    /// Conforms: vpn:15.1 vpn:16.2.3
     #[tokio::test]
     async fn a_manager_that_goes_ends_the_tunnel_with_status_69() {
         let lab = lab().await;
@@ -416,7 +420,7 @@ mod ends {
         said_goodbye(&lab).await;
     }
 
-    /// Conforms: vpn:15.15
+    /// Conforms: vpn:15.15 vpn:16.2.3
     #[tokio::test]
     async fn a_signal_ends_the_tunnel_in_order_with_status_0() {
         for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
@@ -433,6 +437,56 @@ mod ends {
         let mut tunnel = Tunnel::greeted().await;
         tunnel.write(&[0xff; 8]).await;
         assert_eq!(tunnel.exit().await, 76);
+    }
+
+    /// Conforms: vpn:16.2.6
+    #[tokio::test]
+    async fn a_manager_that_does_not_read_costs_no_packet_and_little_memory() {
+        let lab = lab().await;
+        let (mut tunnel, link) = Tunnel::linked(&[]).await;
+        tunnel.start(&lab).await;
+        tunnel.pinged().await;
+        let before = tunnel.peak_memory();
+        let dropped =
+            async || support::sum(&link.scrape(LIMIT).await.unwrap(), "warren_dropped_packets_total", &[]);
+        let lost = dropped().await;
+        // More answers than its pipe and its queue hold, and less than would be too much for it.
+        for id in 2..400 {
+            tunnel.send(id, Order::GetPeerUpdate(GetPeerUpdate {})).await;
+        }
+
+        for _ in 0..20 {
+            let ping = link.ping_agent(lab.agents()[0].id, Duration::from_secs(20)).await.unwrap();
+            assert!(ping.is_ok(), "{ping:?}");
+        }
+
+        assert_eq!(dropped().await, lost);
+        let grown = tunnel.peak_memory().saturating_sub(before);
+        assert!(grown < 32 << 20, "{grown} bytes more");
+        tunnel.send(400, Order::Stop(StopRequest {})).await;
+        let last = tunnel.rest().await.pop().unwrap();
+        assert_eq!(last.rpc, Some(Rpc::response(400)));
+    }
+
+    #[tokio::test]
+    async fn requests_that_unpack_to_a_hundred_times_their_size_cost_little_memory() {
+        let mut tunnel = Tunnel::greeted().await;
+        tunnel.send(1, Order::Wake(WakeRequest {})).await;
+        tunnel.frame().await;
+        let before = tunnel.peak_memory();
+        // Together they would be 250 MB.
+        let heavy = StartRequest {
+            headers: vec![start_request::Header::default(); 50_000],
+            ..StartRequest::default()
+        };
+        for id in 2..102 {
+            tunnel.send(id, Order::Start(heavy.clone())).await;
+        }
+        for id in 2..102 {
+            assert!(!tunnel.start_response(id).await.success);
+        }
+        let grown = tunnel.peak_memory().saturating_sub(before);
+        assert!(grown < 48 << 20, "{grown} bytes more");
     }
 
     #[tokio::test]
@@ -564,184 +618,6 @@ mod private_link {
     }
 }
 
-/// Where the shell puts what is handed over.
-const DESCRIPTOR: i32 = 7;
-
-/// What a tunnel process is handed besides the manager's two descriptors.
-enum Handed {
-    Nothing,
-    Device(UnixDatagram),
-    Link(UnixStream),
-}
-
-/// A tunnel process, and its manager's ends. The manager is on standard input and output: whatever else is
-/// written there breaks the frames.
-struct Tunnel {
-    child: Child,
-    stdin: Option<ChildStdin>,
-    stdout: ChildStdout,
-    decoder: Decoder,
-}
-
-impl Tunnel {
-    /// With what is handed over as number [`DESCRIPTOR`], at the cost of what it says on stderr.
-    async fn spawn(arguments: &[&str], handed: Handed) -> Self {
-        let variable = format!("WARREN_LINK_FD={DESCRIPTOR}");
-        let shell = format!("exec \"$0\" \"$@\" {DESCRIPTOR}<&2 2>/dev/null");
-        let (program, before, descriptor): (_, &[&str], _) = match handed {
-            Handed::Nothing => (WARREN, &[], None),
-            Handed::Device(device) => ("sh", &["-c", &shell, WARREN], Some(OwnedFd::from(device))),
-            Handed::Link(link) => {
-                ("env", &[&variable, "sh", "-c", &shell, WARREN], Some(OwnedFd::from(link)))
-            }
-        };
-        let mut child = Command::new(program)
-            .args(before)
-            .args(["vpn-daemon", "run", "--rpc-read-handle", "0", "--rpc-write-handle=1", "--no-device"])
-            .args(arguments)
-            .env("WARREN_LOG", "debug")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(descriptor.map_or_else(Stdio::piped, Stdio::from))
-            .kill_on_drop(true)
-            .spawn()
-            .unwrap();
-        let (stdin, stdout) = (child.stdin.take(), child.stdout.take().unwrap());
-        Self { child, stdin, stdout, decoder: Decoder::new(MAX_FRAME) }
-    }
-
-    async fn greeted() -> Self {
-        Self::spawn(&[], Handed::Nothing).await.greet().await
-    }
-
-    async fn linked(arguments: &[&str]) -> (Self, LinkClient) {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        ours.set_nonblocking(true).unwrap();
-        let tunnel = Self::spawn(arguments, Handed::Link(theirs)).await.greet().await;
-        let link = tokio::net::UnixStream::from_std(ours).unwrap();
-        (tunnel, LinkClient::connect(link).await.unwrap())
-    }
-
-    async fn started(lab: &Lab) -> Self {
-        let mut tunnel = Self::greeted().await;
-        tunnel.start(lab).await;
-        tunnel
-    }
-
-    async fn start(&mut self, lab: &Lab) {
-        self.send(1, start(lab, lab.token(), 0)).await;
-        let response = self.start_response(1).await;
-        assert!(response.success, "{response:?}");
-    }
-
-    async fn greet(mut self) -> Self {
-        self.write(OUR_LINE).await;
-        let mut line = vec![0; ITS_LINE.len()];
-        timeout(LIMIT, self.stdout.read_exact(&mut line)).await.unwrap().unwrap();
-        assert_eq!(line, ITS_LINE);
-        self
-    }
-
-    async fn write(&mut self, bytes: &[u8]) {
-        self.stdin.as_mut().unwrap().write_all(bytes).await.unwrap();
-    }
-
-    async fn send(&mut self, id: u64, order: Order) {
-        self.put(ManagerMessage { rpc: Some(Rpc::request(id)), msg: Some(order) }).await;
-    }
-
-    async fn respond(&mut self, id: u64, order: Order) {
-        self.put(ManagerMessage { rpc: Some(Rpc::response(id)), msg: Some(order) }).await;
-    }
-
-    async fn put(&mut self, message: ManagerMessage) {
-        self.write(&frame::encode(&message).unwrap()).await;
-    }
-
-    async fn next(&mut self) -> Option<TunnelMessage> {
-        let mut piece = [0; 4096];
-        loop {
-            if let Some(message) = self.decoder.next().unwrap() {
-                return Some(message);
-            }
-            let length =
-                timeout(LIMIT, self.stdout.read(&mut piece)).await.expect("a frame in time").unwrap();
-            if length == 0 {
-                assert!(self.decoder.is_between_frames());
-                return None;
-            }
-            self.decoder.extend(&piece[..length]);
-        }
-    }
-
-    async fn frame(&mut self) -> TunnelMessage {
-        self.next().await.expect("a frame, not the end")
-    }
-
-    /// Every frame up to the end of the stream.
-    async fn rest(&mut self) -> Vec<TunnelMessage> {
-        let mut frames = Vec::new();
-        while let Some(frame) = self.next().await {
-            frames.push(frame);
-        }
-        frames
-    }
-
-    async fn start_response(&mut self, id: u64) -> StartResponse {
-        loop {
-            let message = self.frame().await;
-            if let Some(Msg::Start(response)) = message.msg {
-                assert_eq!(message.rpc, Some(Rpc::response(id)));
-                return response;
-            }
-        }
-    }
-
-    /// Waits until an agent has answered a ping.
-    async fn pinged(&mut self) {
-        let is_ping = |message: TunnelMessage| match message.msg {
-            Some(Msg::PeerUpdate(update)) => {
-                update.upserted_agents.iter().any(|agent| agent.last_ping.is_some())
-            }
-            _ => false,
-        };
-        while !is_ping(self.frame().await) {}
-    }
-
-    fn signal(&self, signal: Signal) {
-        let pid = Pid::from_raw(self.child.id().unwrap().cast_signed()).unwrap();
-        rustix::process::kill_process(pid, signal).unwrap();
-    }
-
-    async fn exit(&mut self) -> i32 {
-        let status = timeout(LIMIT, self.child.wait()).await.expect("an end in time").unwrap();
-        status.code().unwrap_or_else(|| panic!("{status}"))
-    }
-
-    async fn stderr(&mut self) -> Vec<u8> {
-        let mut text = Vec::new();
-        self.child.stderr.take().unwrap().read_to_end(&mut text).await.unwrap();
-        text
-    }
-}
-
-async fn lab() -> Lab {
-    Lab::start(LabOptions { agents: 1, ..LabOptions::default() }).await.unwrap()
-}
-
-fn start(lab: &Lab, token: &str, descriptor: i32) -> Order {
-    Order::Start(StartRequest {
-        coder_url: lab.url().to_owned(),
-        api_token: token.to_owned(),
-        tunnel_file_descriptor: descriptor,
-        ..StartRequest::default()
-    })
-}
-
-fn answer(id: u64, msg: Msg) -> TunnelMessage {
-    TunnelMessage { rpc: Some(Rpc::response(id)), msg: Some(msg) }
-}
-
 /// Looks until `done`.
 async fn eventually(mut done: impl FnMut() -> bool) {
     let looking = async {
@@ -756,8 +632,4 @@ async fn eventually(mut done: impl FnMut() -> bool) {
 async fn said_goodbye(lab: &Lab) {
     let left = lab.control().wait(LIMIT, |recording| recording.connections.first()?.ended.clone()).await;
     assert!(matches!(left, Some(Ended::Closed(..))), "{left:?}");
-}
-
-fn lines(text: &[u8]) -> Vec<String> {
-    String::from_utf8_lossy(text).lines().map(str::to_owned).collect()
 }

@@ -4,6 +4,7 @@
 mod deployment;
 mod lab;
 mod service;
+pub(crate) mod tunnel;
 
 use std::{
     io::{Read, Write},
