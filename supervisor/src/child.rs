@@ -24,8 +24,9 @@ pub struct ChildSpec {
     pub restart: Restart,
     /// Whether its end for good counts for the supervisor's [`AutoShutdown`].
     pub significant: bool,
-    /// How long it may take to end in order before it is killed.
-    pub grace: Duration,
+    /// How long it may take to end in order before it is killed. A supervisor may take as long as its
+    /// children, which have limits of their own.
+    pub grace: Option<Duration>,
 }
 
 /// What a child is.
@@ -96,7 +97,7 @@ impl ChildSpec {
             kind: Kind::Worker(start),
             restart: Restart::Permanent,
             significant: false,
-            grace: GRACE,
+            grace: Some(GRACE),
         }
     }
 
@@ -108,11 +109,11 @@ impl ChildSpec {
         Self::worker(address.name(), starter(address.clone(), make))
     }
 
-    /// A permanent supervisor. Its grace covers those of its children, which end one after the other.
+    /// A permanent supervisor.
     pub fn supervisor(spec: SupervisorSpec) -> Self {
         Self {
             name: spec.name,
-            grace: spec.grace(),
+            grace: None,
             kind: Kind::Supervisor(Box::new(spec)),
             restart: Restart::Permanent,
             significant: false,
@@ -131,7 +132,7 @@ impl ChildSpec {
 
     /// The same child with another grace.
     pub fn grace(self, grace: Duration) -> Self {
-        Self { grace, ..self }
+        Self { grace: Some(grace), ..self }
     }
 }
 
@@ -167,10 +168,6 @@ impl SupervisorSpec {
     /// The same supervisor with other pauses before restarts.
     pub fn backoff(self, backoff: Backoff) -> Self {
         Self { backoff, ..self }
-    }
-
-    fn grace(&self) -> Duration {
-        self.children.iter().map(|child| child.grace + DROP_LIMIT).sum::<Duration>() + GRACE
     }
 }
 
@@ -282,15 +279,6 @@ impl End {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_supervisors_grace_covers_its_children_one_after_the_other() {
-        let start: StartFn = std::sync::Arc::new(|_| Box::pin(std::future::pending()));
-        let child = |name| ChildSpec::worker(name, start.clone()).grace(Duration::from_secs(3));
-        let inner =
-            SupervisorSpec::new("inner", 1, Duration::from_secs(1)).child(child("a")).child(child("b"));
-        assert_eq!(ChildSpec::supervisor(inner).grace, 2 * (Duration::from_secs(3) + DROP_LIMIT) + GRACE);
-    }
 
     #[test]
     fn every_exit_has_a_reason_of_the_closed_set() {

@@ -63,8 +63,9 @@ enum State {
     Up {
         since: Instant,
     },
+    /// Without a limit if its own children's are enough.
     Stopping {
-        until: Instant,
+        until: Option<Instant>,
     },
     Killed {
         until: Instant,
@@ -95,7 +96,7 @@ struct Entry {
     name: &'static str,
     restart: Restart,
     significant: bool,
-    grace: Duration,
+    grace: Option<Duration>,
     goal: Goal,
     state: State,
     /// Children of one batch are started in order.
@@ -187,9 +188,9 @@ impl Rules {
     pub(super) fn handle_abort(&mut self, now: Instant) {
         self.begin_end(End::Stopped);
         for entry in &mut self.entries {
-            entry.grace = Duration::ZERO;
+            entry.grace = Some(Duration::ZERO);
             if let State::Stopping { until } = &mut entry.state {
-                *until = now;
+                *until = Some(now);
             }
         }
         self.handle_timeout(now);
@@ -270,7 +271,7 @@ impl Rules {
         let mut unkillable = None;
         for entry in &mut self.entries {
             match &entry.state {
-                State::Stopping { until } if *until <= now => {
+                State::Stopping { until: Some(until) } if *until <= now => {
                     let exit = Exit::abnormal(How::Killed, "it did not end within its grace");
                     entry.state = State::Killed { until: now + DROP_LIMIT, exit };
                     self.effects.push(Effect::Kill(entry.id));
@@ -418,7 +419,7 @@ impl Rules {
             State::Starting => Effect::Cancel(last.id),
             State::Down | State::Stopping { .. } | State::Killed { .. } | State::Leaving { .. } => return,
         };
-        last.state = State::Stopping { until: now + last.grace };
+        last.state = State::Stopping { until: last.grace.map(|grace| now + grace) };
         self.effects.push(effect);
     }
 
@@ -452,9 +453,10 @@ impl Rules {
             if entry.goal != Goal::Up || is_up {
                 continue;
             }
-            let may_start = entry.state == State::Down
-                && entry.not_before.is_none_or(|at| at <= now)
-                && !busy.contains(&entry.batch);
+            // A pause that has passed is no deadline any more, even for one who must wait for another.
+            entry.not_before = entry.not_before.filter(|at| *at > now);
+            let may_start =
+                entry.state == State::Down && entry.not_before.is_none() && !busy.contains(&entry.batch);
             if may_start {
                 entry.begin_start();
                 self.effects.push(Effect::Start(entry.id));
@@ -509,9 +511,8 @@ impl Entry {
         match &self.state {
             State::Down => self.not_before.filter(|_| self.goal == Goal::Up),
             State::Starting | State::Up { .. } => None,
-            State::Stopping { until } | State::Killed { until, .. } | State::Leaving { until, .. } => {
-                Some(*until)
-            }
+            State::Stopping { until } => *until,
+            State::Killed { until, .. } | State::Leaving { until, .. } => Some(*until),
         }
     }
 

@@ -13,6 +13,7 @@ use warren_core::backoff::Backoff;
 use super::*;
 use crate::child::{AutoShutdown, ChildSpec, Restart, Strategy, SupervisorSpec};
 
+mod model;
 mod traps;
 
 const SOON: Duration = Duration::from_secs(5);
@@ -33,6 +34,10 @@ impl Journal {
 
     fn take(&self) -> Vec<String> {
         std::mem::take(&mut self.lines.lock().unwrap())
+    }
+
+    fn lines(&self) -> Vec<String> {
+        self.lines.lock().unwrap().clone()
     }
 
     /// Waits until there are so many lines, and takes them.
@@ -398,6 +403,20 @@ async fn a_child_that_does_not_stop_is_killed_after_its_grace() {
     assert!(tree.stop(MINUTE).await);
     assert_eq!(before.elapsed().as_secs(), 3);
     assert_eq!(stage.journal.take(), ["stop b", "drop b", "stop a", "drop a"]);
+}
+
+/// Found by the model: a supervisor's grace was that of its first children.
+#[tokio::test(start_paused = true)]
+async fn children_that_were_added_to_a_supervisor_get_their_whole_grace_too() {
+    let stage = Stage::default();
+    let [a, b] = stage.puppets(["a", "b"]).map(|role| role.manner(Manner::NeverStops));
+    let tree = Tree::start(boss([ChildSpec::supervisor(group("inner", []))])).await.unwrap();
+    let inner = tree.branch("inner").unwrap();
+    inner.add(a.spec().grace(SOON)).await.unwrap();
+    inner.add(b.spec().grace(SOON)).await.unwrap();
+    let before = tokio::time::Instant::now();
+    assert!(tree.stop(MINUTE).await);
+    assert_eq!(before.elapsed(), 2 * SOON);
 }
 
 #[tokio::test(start_paused = true)]

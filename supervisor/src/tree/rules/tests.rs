@@ -301,6 +301,22 @@ fn a_child_that_waits_for_its_restart_keeps_nobody_else_waiting() {
     assert_eq!(world.log(), ["start c"]);
 }
 
+/// Found by the model: the timer was set to the past, again and again, until the sibling ran.
+#[test]
+fn one_who_waits_for_a_sibling_that_starts_slowly_is_no_reason_to_wake_up() {
+    let mut patient = spec(Strategy::OneForAll, abc());
+    patient.backoff = Backoff::new(SECOND, SECOND, 1.0, 0.0);
+    let mut world = World::started(patient);
+    world.slow.push("a");
+    world.exit("b", crash());
+    world.wait(SECOND);
+    assert_eq!(world.log(), ["restarting b panic", "stop c", "stop a", "start a"]);
+    assert_eq!(world.rules.poll_timeout(), None);
+    world.rules.handle_started(world.id("a"), world.now);
+    world.run();
+    assert_eq!(world.log(), ["start b", "start c"]);
+}
+
 #[test]
 fn a_child_removed_during_its_back_off_does_not_come_back() {
     let mut patient = spec(Strategy::OneForOne, abc());

@@ -12,7 +12,7 @@ use warren_actors::runtime::{Hooks, Running, TrySendError};
 use super::*;
 
 /// A start that also hands out the actors it started.
-fn capturing(start: StartFn) -> (StartFn, Arc<Mutex<Vec<ActorCell>>>) {
+pub(super) fn capturing(start: StartFn) -> (StartFn, Arc<Mutex<Vec<ActorCell>>>) {
     let cells = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&cells);
     let capture: StartFn = Arc::new(move |supervisor| {
