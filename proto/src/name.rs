@@ -173,7 +173,72 @@ mod tests {
         assert_eq!(probe_name(DEFAULT_SUFFIX).unwrap(), "is.coder--connect--enabled--right--now.coder.");
     }
 
+    #[test]
+    fn users_workspaces_and_agents_may_be_called_as_the_forms_are() {
+        let all = agent_names("dev", "me", "ME", "me.coder", OnlyAgent::Yes).unwrap();
+        assert_eq!(all, ["me.me.coder.", "dev.me.me.me.coder."]);
+        let dotted = agent_names("a.b", "c.d", "u", "s", OnlyAgent::Yes).unwrap();
+        assert_eq!(dotted, ["c.d.s.", "a.b.c.d.u.s.", "a.b.c.d.me.s."]);
+    }
+
+    #[test]
+    fn one_name_that_cannot_be_is_enough_to_have_none() {
+        // Only the form with the user's name is too long, by its label or as a whole.
+        let long = "u".repeat(64);
+        assert!(matches!(
+            agent_names("a", "w", &long, "s", OnlyAgent::Yes),
+            Err(NameError::LabelTooLong { label, .. }) if label == long
+        ));
+        let suffix = vec!["s"; 120].join(".");
+        assert!(agent_names("a", "w", "me", &suffix, OnlyAgent::Yes).is_ok());
+        assert!(matches!(
+            agent_names("a", "w", &"u".repeat(20), &suffix, OnlyAgent::Yes),
+            Err(NameError::TooLong(_))
+        ));
+    }
+
+    /// Texts near every limit: usual ones, such as meet or look like another form, long, dotted and foreign ones.
+    fn text() -> impl Strategy<Value = String> {
+        let odd =
+            vec!["me", "Me", "", ".", "a.b", "a..b", ".a", "a.", "\u{130}", "\u{23a}", "a b", "\0", "\n"];
+        prop_oneof![
+            4 => "[a-zA-Z0-9-]{1,14}",
+            2 => proptest::sample::select(odd).prop_map(str::to_owned),
+            1 => (61_usize..66).prop_map(|length| "L".repeat(length)),
+            1 => (28_usize..33).prop_map(|length| "\u{e4}".repeat(length)),
+            1 => (100_usize..125).prop_map(|labels| vec!["d"; labels].join(".")),
+        ]
+    }
+
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+        /// vpn-protocol 7.3, said once more in other words.
+        #[test]
+        fn an_agent_has_all_its_names_in_order_or_none(
+            (agent, workspace, user, suffix) in (text(), text(), text(), text()),
+            is_only: bool,
+        ) {
+            let only = if is_only { OnlyAgent::Yes } else { OnlyAgent::No };
+            let mut expected = vec![
+                format!("{agent}.{workspace}.me.{suffix}.").to_lowercase(),
+                format!("{agent}.{workspace}.{user}.{suffix}.").to_lowercase(),
+            ];
+            if is_only {
+                expected.push(format!("{workspace}.{suffix}.").to_lowercase());
+            }
+            expected.sort_by(|a, b| a.len().cmp(&b.len()).then_with(|| a.cmp(b)));
+            expected.dedup();
+            let can_be = expected.iter().all(|name| {
+                let labels: Vec<&str> = name.split('.').collect();
+                let inner = &labels[..labels.len() - 1];
+                inner.iter().map(|label| label.len() + 1).sum::<usize>() <= 254
+                    && inner.iter().all(|label| !label.is_empty() && label.len() < 64)
+            });
+            let names = agent_names(&agent, &workspace, &user, &suffix, only);
+            prop_assert_eq!(names.ok(), can_be.then_some(expected));
+        }
+
         #[test]
         fn any_names_are_refused_or_keep_to_the_rules(agent: String, workspace in "[a-zA-Z0-9.-]{0,70}", user in "[a-zA-Z]{0,70}") {
             let Ok(all) = agent_names(&agent, &workspace, &user, DEFAULT_SUFFIX, OnlyAgent::Yes) else { return Ok(()) };

@@ -12,7 +12,7 @@ use tokio::{
     task::JoinHandle,
     time::timeout,
 };
-use warren_core::roster::Snapshot;
+use warren_core::roster::Sent;
 use warren_proto::{
     correlator::Kind,
     vpn::{ManagerMessage, StopResponse, TunnelMessage, WakeResponse, manager_message, tunnel_message},
@@ -108,7 +108,7 @@ pub struct Stream {
     inbox: sync::Mutex<Inbox<ManagerMessage>>,
     open: Mutex<Open>,
     places: Arc<Semaphore>,
-    sent: sync::Mutex<Arc<Snapshot>>,
+    sent: sync::Mutex<Sent>,
 }
 
 /// The requests without an answer, oldest first.
@@ -160,7 +160,7 @@ impl Stream {
 
     /// What the manager was last told of the peers. Held while a message about peers is made and accepted:
     /// so there is an order between them, even with the last breath of a crashed session.
-    pub(super) async fn sent(&self) -> sync::MutexGuard<'_, Arc<Snapshot>> {
+    pub(super) async fn sent(&self) -> sync::MutexGuard<'_, Sent> {
         self.sent.lock().await
     }
 

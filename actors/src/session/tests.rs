@@ -5,6 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use proptest::prelude::{Just, ProptestConfig, Strategy, any, prop_oneof, proptest};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex, split};
 use tokio::sync::Notify;
@@ -378,6 +379,102 @@ mod peers {
         }
         assert!(updates <= 3, "{updates} updates");
         rig.expect_silence().await;
+    }
+
+    /// An answer told of it, then nothing could be sent for a while, and then it was gone: no difference to
+    /// what was told before ever took it away.
+    #[tokio::test(start_paused = true)]
+    async fn what_only_an_answer_told_of_is_taken_away_again() {
+        let (mut rig, mut shown) = (Rig::started().await, BTreeMap::new());
+        let peers = rig.net().await.peers.claim().unwrap();
+        let wide = "wide".repeat(200);
+        peers.set(snapshot(8, &wide));
+        assert!(read(&mut rig, &mut shown, 100).await);
+        peers.set(snapshot(9, &wide));
+        for id in 2..40 {
+            rig.send(id, peers_wanted()).await;
+        }
+        settle().await;
+        peers.set(snapshot(8, &wide));
+        while read(&mut rig, &mut shown, 2_000).await {}
+        assert_eq!(shown.len(), 8);
+    }
+
+    /// What happens to the table, to the session, and to a manager that reads when it likes.
+    #[derive(Debug, Clone)]
+    enum Turn {
+        /// These agents are there, so called.
+        Present(u8, u8),
+        Read(usize),
+        /// The manager asks so often for everything.
+        Ask(u64),
+        Crash,
+        Wait(u64),
+    }
+
+    fn turn() -> impl Strategy<Value = Turn> {
+        prop_oneof![
+            6 => (any::<u8>(), 0_u8..3).prop_map(|(who, name)| Turn::Present(who, name)),
+            3 => (1_usize..4).prop_map(Turn::Read),
+            2 => prop_oneof![Just(1), 1..30_u64].prop_map(Turn::Ask),
+            1 => Just(Turn::Crash),
+            2 => (0_u64..200).prop_map(Turn::Wait),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(100))]
+
+        #[test]
+        fn at_any_pace_what_the_manager_reads_adds_up_to_the_table(
+            turns in proptest::collection::vec(turn(), 1..40),
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
+            runtime.unwrap().block_on(play(&turns));
+        }
+    }
+
+    async fn play(turns: &[Turn]) {
+        let mut rig = Rig::started().await;
+        let peers = rig.net().await.peers.claim().unwrap();
+        let (mut present, mut shown) = (Snapshot::default(), BTreeMap::new());
+        let mut asked = 1;
+        for turn in turns {
+            match turn {
+                Turn::Present(who, name) => {
+                    present = snapshot(8, &"wide".repeat(100 + usize::from(*name)));
+                    present.agents.retain(|id, _| who >> (id.as_u128() - 1) & 1 == 1);
+                    peers.set(present.clone());
+                }
+                Turn::Read(frames) => {
+                    for _ in 0..*frames {
+                        read(&mut rig, &mut shown, 100).await;
+                    }
+                }
+                Turn::Ask(times) => {
+                    for _ in 0..*times {
+                        asked += 1;
+                        rig.send(asked, peers_wanted()).await;
+                    }
+                }
+                Turn::Crash => rig.crash().await,
+                Turn::Wait(millis) => tokio::time::sleep(Duration::from_millis(*millis)).await,
+            }
+        }
+        while read(&mut rig, &mut shown, 2_000).await {}
+        let present: BTreeMap<_, _> =
+            present.agents.iter().map(|(id, agent)| (id.as_bytes().to_vec(), agent.name.clone())).collect();
+        assert!(shown == present, "{:?} are shown, {:?} are there", shown.keys(), present.keys());
+    }
+
+    /// Reads a message if there is one in time, and shows what it says.
+    async fn read(rig: &mut Rig, shown: &mut BTreeMap<Vec<u8>, String>, millis: u64) -> bool {
+        let within = Duration::from_millis(millis);
+        let Ok(message) = tokio::time::timeout(within, rig.next()).await else { return false };
+        let Some(tunnel_message::Msg::PeerUpdate(update)) = message.unwrap().msg else { return true };
+        update.deleted_agents.iter().for_each(|gone| drop(shown.remove(gone.id.as_ref())));
+        shown.extend(update.upserted_agents.into_iter().map(|agent| (agent.id.to_vec(), agent.name)));
+        true
     }
 }
 

@@ -58,8 +58,8 @@ async fn notify(stream: &Stream, peers: &View<Snapshot>) {
     let Ok(slot) = stream.speaker().reserve().await else { return };
     // From here to the acceptance nothing is awaited: a session that ends in between leaves no half truth.
     let present = peers.get();
-    let Some(update) = roster::difference(&sent, &present) else { return };
-    *sent = present;
+    let Some(update) = sent.difference(&present) else { return };
+    sent.note_difference(present);
     let accepted = slot.notify(message(update));
     drop(sent);
     match accepted {
@@ -71,10 +71,11 @@ async fn notify(stream: &Stream, peers: &View<Snapshot>) {
 
 /// Answers with everything known; with nothing while there is no net.
 async fn answer(stream: &Stream, peers: Option<&View<Snapshot>>, request: &Request) {
-    let _order = stream.sent().await;
+    let mut sent = stream.sent().await;
     let Ok(slot) = stream.speaker().reserve().await else { return };
     let present = peers.map(View::get).unwrap_or_default();
     let message = tunnel_message::Msg::PeerUpdate(roster::complete(&present));
+    sent.note_answer(&present);
     stream.answer_in(slot, request, Answer { message, result: "ok" });
 }
 

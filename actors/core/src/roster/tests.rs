@@ -5,6 +5,9 @@ use proptest::prelude::*;
 use warren_proto::{tailnet, vpn};
 
 use super::*;
+use crate::{coordination::Coordination, relay_map::ConnectionInfo};
+
+mod ledger;
 
 /// The conformance lines of tailnet-control 12.5 as far as they are rules.
 mod workspace_updates {
@@ -28,6 +31,38 @@ mod workspace_updates {
         assert_eq!(table.roster.snapshot().workspaces[&id(1)].name, "Dev");
     }
 
+    /// Conforms: control:W1
+    #[test]
+    fn a_snapshot_leads_to_a_tunnel_and_names_for_each_agent_and_is_told_whole() {
+        let mut table = Table::default();
+        let first =
+            snapshot(&[(1, "dev", RUNNING), (2, "pair", 4)], &[(11, "main", 1), (21, "a", 2), (22, "b", 2)]);
+        table.apply(&first, Update::Snapshot).unwrap();
+        let mut tunnels = Tunnels::connected();
+        assert_eq!(tunnels.follow(&table, Update::Snapshot), ["+11", "+21", "+22"]);
+        let hosts = [
+            ("a.pair.alice.coder.", "fd60:627a:a42b::15"),
+            ("a.pair.me.coder.", "fd60:627a:a42b::15"),
+            ("b.pair.alice.coder.", "fd60:627a:a42b::16"),
+            ("b.pair.me.coder.", "fd60:627a:a42b::16"),
+            ("dev.coder.", "fd60:627a:a42b::b"),
+            ("is.coder--connect--enabled--right--now.coder.", "fd60:627a:a42b::53"),
+            ("main.dev.alice.coder.", "fd60:627a:a42b::b"),
+            ("main.dev.me.coder.", "fd60:627a:a42b::b"),
+        ];
+        assert_eq!(
+            table.hosts(),
+            hosts.map(|(name, address)| (name.to_owned(), address.parse().unwrap())).into()
+        );
+        let told = difference(&Snapshot::default(), table.roster.snapshot()).unwrap();
+        assert_eq!(told, complete(table.roster.snapshot()), "whoever asks is told the same");
+        assert_eq!(
+            (told.upserted_workspaces.len(), ids(&told.upserted_agents)),
+            (2, vec![id(11), id(21), id(22)])
+        );
+        assert!(told.deleted_workspaces.is_empty() && told.deleted_agents.is_empty());
+    }
+
     #[test]
     fn the_snapshot_of_somebody_without_workspaces_is_empty_and_known() {
         let mut table = Table::default();
@@ -37,7 +72,7 @@ mod workspace_updates {
         assert_eq!(table.roster.snapshot(), &Snapshot::default());
     }
 
-    /// W3.
+    /// Conforms: control:W3
     #[test]
     fn a_replaced_agent_is_upserted_and_the_old_one_deleted_with_all_that_was_known_of_it() {
         let mut table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]));
@@ -50,8 +85,16 @@ mod workspace_updates {
             deleted_agents: vec![agent(11, "main", 1)],
             ..tailnet::WorkspaceUpdate::default()
         };
+        let mut tunnels = Tunnels::connected();
+        tunnels.follow(&table, Update::Snapshot);
         table.apply(&diff, Update::Diff).unwrap();
-        assert_eq!(table.workspaces.agent_ids(), [id(12)].into());
+        assert_eq!(tunnels.follow(&table, Update::Diff), ["+12", "-11"]);
+        let addresses: BTreeSet<_> = table.hosts().into_values().collect();
+        assert_eq!(
+            addresses,
+            [address::CODER_DNS, address::coder_address(&id(12))].into(),
+            "names lead to it alone"
+        );
         let message = reader.read(&table).unwrap();
         assert_eq!(ids(&message.upserted_agents), [id(12)]);
         assert_eq!(message.upserted_agents[0].fqdn[0], "dev.coder.");
@@ -115,7 +158,7 @@ mod workspace_updates {
         }
     }
 
-    /// W6: until the snapshot comes, the workspaces and names stay.
+    /// The rules' part of W6: until the snapshot comes, the workspaces and names stay.
     #[test]
     fn a_stream_that_has_said_nothing_yet_changes_nothing() {
         let mut table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]));
@@ -135,13 +178,16 @@ mod workspace_updates {
         let mut table =
             Table::after(&snapshot(&[(1, "dev", RUNNING), (2, "old", 5)], &[(11, "main", 1), (21, "a", 2)]));
         let mut reader = table.reader();
+        let mut tunnels = Tunnels::connected();
+        tunnels.follow(&table, Update::Snapshot);
         table
             .apply(
                 &snapshot(&[(1, "dev", RUNNING), (3, "new", RUNNING)], &[(11, "main", 1), (31, "a", 3)]),
                 Update::Snapshot,
             )
             .unwrap();
-        assert_eq!(table.workspaces.agent_ids(), [id(11), id(31)].into());
+        assert_eq!(tunnels.follow(&table, Update::Snapshot), ["+31", "-21"]);
+        assert!(!table.hosts().keys().any(|name| name.contains("old")), "{:?}", table.hosts());
         let message = reader.read(&table).unwrap();
         assert_eq!(
             message.upserted_workspaces,
@@ -216,6 +262,7 @@ mod workspace_updates {
 mod names {
     use super::*;
 
+    /// Conforms: vpn:15.10
     #[test]
     fn the_other_agent_is_told_again_when_a_workspace_gains_or_loses_its_second() {
         let mut table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]));
@@ -234,6 +281,7 @@ mod names {
         assert_eq!(message.upserted_agents[0].fqdn[0], "dev.coder.");
     }
 
+    /// Conforms: vpn:15.10
     #[test]
     fn a_renamed_workspace_is_told_with_all_its_agents_and_no_other() {
         let mut table = Table::after(&snapshot(
@@ -274,6 +322,56 @@ mod names {
         assert!(message.upserted_workspaces.is_empty());
     }
 
+    /// The suffix comes with the connection information, the user's name with the user.
+    /// Conforms: vpn:C4 control:H3
+    #[test]
+    fn names_stand_under_the_suffix_of_the_deployment_or_under_the_usual_one() {
+        for (information, suffix) in [("{}", "coder"), (r#"{"hostname_suffix":"float"}"#, "float")] {
+            let suffix_told = ConnectionInfo::from_json(information.as_bytes()).unwrap().hostname_suffix;
+            let mut table = Table::default();
+            table.workspaces.username = "rootbeer".to_owned();
+            table.workspaces.suffix = suffix_told;
+            table.apply(&snapshot(&[(1, "wrk", RUNNING)], &[(11, "agnt", 1)]), Update::Snapshot).unwrap();
+            let told = &complete(table.roster.snapshot()).upserted_agents[0];
+            let names = ["wrk", "agnt.wrk.me", "agnt.wrk.rootbeer"].map(|name| format!("{name}.{suffix}."));
+            assert_eq!(told.fqdn, names);
+            assert_eq!(told.ip_addrs, ["fd60:627a:a42b::b"]);
+        }
+    }
+
+    /// Nobody's names depend on anybody else's: which of two that meet a resolver answers is its affair.
+    #[test]
+    fn names_that_meet_are_told_of_each_agent_that_has_them() {
+        let table = Table::after(&snapshot(
+            &[(1, "dev", RUNNING), (2, "DEV", RUNNING), (3, "main.dev.me", RUNNING), (4, "me", RUNNING)],
+            &[(11, "main", 1), (21, "Main", 2), (31, "me", 3), (41, "dev", 4)],
+        ));
+        let agent = |number| &table.roster.snapshot().agents[&id(number)];
+        assert_eq!(agent(11).fqdn, agent(21).fqdn);
+        assert_ne!(agent(11).addresses, agent(21).addresses);
+        assert!(agent(11).fqdn.contains(&agent(31).fqdn[0]), "{:?}", agent(31).fqdn);
+        assert_eq!(agent(41).fqdn, ["me.coder.", "dev.me.me.coder.", "dev.me.alice.coder."]);
+    }
+
+    #[test]
+    fn agents_that_differ_only_in_case_are_two_and_neither_is_the_only_one() {
+        let table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1), (12, "MAIN", 1)]));
+        for agent in table.roster.snapshot().agents.values() {
+            assert_eq!(agent.fqdn, ["main.dev.me.coder.", "main.dev.alice.coder."]);
+        }
+    }
+
+    #[test]
+    fn while_the_user_has_no_name_nobody_has() {
+        let mut table = Table::default();
+        table.workspaces.username.clear();
+        table.apply(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]), Update::Snapshot).unwrap();
+        assert!(table.roster.snapshot().agents.is_empty());
+        table.workspaces.username = "alice".to_owned();
+        assert_eq!(table.roster.set_workspaces(&table.workspaces), []);
+        assert_eq!(table.roster.snapshot().agents[&id(11)].fqdn.len(), 3);
+    }
+
     #[test]
     fn names_of_one_length_come_in_alphabetical_order() {
         let mut table = Table::default();
@@ -284,6 +382,7 @@ mod names {
     }
 
     /// Managers choke on an agent without a name (vpn-protocol 12).
+    /// Conforms: vpn:15.32
     #[test]
     fn an_agent_that_cannot_have_a_name_is_left_out_and_reported_each_time_it_begins() {
         let long = "x".repeat(64);
@@ -316,6 +415,79 @@ mod names {
 /// vpn-protocol 7.4 to 7.6.
 mod messages {
     use super::*;
+
+    /// Conforms: vpn:T15
+    #[test]
+    fn a_snapshot_with_another_agent_in_the_workspace_is_one_upsert_and_one_deleted_agent() {
+        let told = between(
+            &snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]),
+            &snapshot(&[(1, "dev", RUNNING)], &[(12, "main", 1)]),
+        );
+        let told = told.unwrap();
+        assert_eq!((ids(&told.upserted_agents), ids(&told.deleted_agents)), (vec![id(12)], vec![id(11)]));
+        assert!(told.upserted_workspaces.is_empty() && told.deleted_workspaces.is_empty());
+    }
+
+    /// Conforms: vpn:T16
+    #[test]
+    fn a_snapshot_with_another_workspace_is_one_upsert_and_one_delete_of_each_kind() {
+        let told = between(
+            &snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]),
+            &snapshot(&[(2, "new", RUNNING)], &[(21, "main", 2)]),
+        );
+        let told = told.unwrap();
+        assert_eq!((ids(&told.upserted_agents), ids(&told.deleted_agents)), (vec![id(21)], vec![id(11)]));
+        let numbers = |them: &[vpn::Workspace]| them.iter().map(|it| it.id.clone()).collect::<Vec<_>>();
+        assert_eq!(numbers(&told.upserted_workspaces), [raw(2)]);
+        assert_eq!(numbers(&told.deleted_workspaces), [raw(1)]);
+    }
+
+    /// Conforms: vpn:T19
+    #[test]
+    fn a_snapshot_is_compared_with_what_was_there() {
+        let both =
+            snapshot(&[(1, "a", RUNNING), (2, "b", RUNNING)], &[(11, "x", 1), (21, "y", 2), (22, "z", 2)]);
+        let less_one = snapshot(&[(1, "a", RUNNING), (2, "b", RUNNING)], &[(11, "x", 1), (21, "y", 2)]);
+        let only_first = snapshot(&[(1, "a", RUNNING)], &[(11, "x", 1)]);
+        let nothing = tailnet::WorkspaceUpdate::default();
+        let bare = snapshot(&[(1, "a", RUNNING), (3, "c", RUNNING)], &[(11, "x", 1)]);
+        // Workspaces and agents upserted, then deleted.
+        let rows = [
+            ("no change", &both, &both, "[] [] [] []"),
+            ("an agent more, and its sibling's other names", &less_one, &both, "[] [21, 22] [] []"),
+            ("an agent and its workspace less", &both, &only_first, "[] [] [2] [21, 22]"),
+            ("an agent less, its workspace stays", &both, &less_one, "[] [21] [] [22]"),
+            ("nothing before", &nothing, &only_first, "[1] [11] [] []"),
+            ("nothing after", &both, &nothing, "[] [] [1, 2] [11, 21, 22]"),
+            ("a workspace without agents less", &bare, &only_first, "[] [] [3] []"),
+        ];
+        for (row, before, after, expected) in rows {
+            let told = between(before, after).unwrap_or_default();
+            let number = |id: &Bytes| Uuid::from_slice(id).unwrap().as_u128();
+            let workspaces =
+                |them: &[vpn::Workspace]| them.iter().map(|it| number(&it.id)).collect::<Vec<_>>();
+            let agents = |them: &[vpn::Agent]| them.iter().map(|it| number(&it.id)).collect::<Vec<_>>();
+            let found = format!(
+                "{:?} {:?} {:?} {:?}",
+                workspaces(&told.upserted_workspaces),
+                agents(&told.upserted_agents),
+                workspaces(&told.deleted_workspaces),
+                agents(&told.deleted_agents),
+            );
+            assert_eq!(found, expected, "{row}");
+        }
+    }
+
+    /// What one who has seen the first snapshot is told of the second.
+    fn between(
+        before: &tailnet::WorkspaceUpdate,
+        after: &tailnet::WorkspaceUpdate,
+    ) -> Option<vpn::PeerUpdate> {
+        let mut table = Table::after(before);
+        let mut reader = table.reader();
+        table.apply(after, Update::Snapshot).unwrap();
+        reader.read(&table)
+    }
 
     #[test]
     fn nothing_new_is_no_message() {
@@ -561,11 +733,45 @@ impl Table {
         Ok(())
     }
 
+    /// What a resolver is to answer: every name with its address, and that the tunnel's resolver is asked.
+    fn hosts(&self) -> BTreeMap<String, Ipv6Addr> {
+        let of = |agent: &AgentEntry| {
+            agent.fqdn.iter().map(|name| (name.clone(), agent.addresses[0])).collect::<Vec<_>>()
+        };
+        let probe = (name::probe_name(&self.workspaces.suffix).unwrap(), address::CODER_DNS);
+        self.roster.snapshot().agents.values().flat_map(of).chain([probe]).collect()
+    }
+
     /// One that has read everything.
     fn reader(&self) -> Reader {
         let mut reader = Reader::default();
         reader.read(self);
         reader
+    }
+}
+
+/// The tunnels that follow from the workspaces.
+struct Tunnels {
+    coordination: Coordination,
+    now: std::time::Instant,
+}
+
+impl Tunnels {
+    fn connected() -> Self {
+        let (mut coordination, now) = (Coordination::default(), std::time::Instant::now());
+        coordination.connected(now);
+        Self { coordination, now }
+    }
+
+    /// `+11` asks for a tunnel to the agent with number 11, `-11` gives it back.
+    fn follow(&mut self, table: &Table, update: Update) -> Vec<String> {
+        let text = |(sign, id): (char, &Bytes)| format!("{sign}{}", Uuid::from_slice(id).unwrap().as_u128());
+        let outcome = self.coordination.set_destinations(self.now, &table.workspaces.agent_ids(), update);
+        let of = |it: &tailnet::CoordinateRequest| {
+            let (add, remove) = (it.add_tunnel.as_ref(), it.remove_tunnel.as_ref());
+            add.map(|it| text(('+', &it.id))).or(remove.map(|it| text(('-', &it.id)))).expect("a tunnel")
+        };
+        outcome.requests.iter().map(of).collect()
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeMap,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -12,15 +13,49 @@ use warren_proto::vpn;
 
 use super::{AgentEntry, PingReport, Snapshot, WorkspaceEntry};
 
+/// What one reader was sent so far. Answers to its questions only add, and it may or may not apply them: where
+/// they said anything else than the differences before them, the next difference says it again.
+#[derive(Debug, Clone, Default)]
+pub struct Sent {
+    told: Arc<Snapshot>,
+    /// Where answers since then said something else.
+    answered: Snapshot,
+}
+
+impl Sent {
+    /// The message after which the reader shows `present`, or `None` if it does already.
+    pub fn difference(&self, present: &Snapshot) -> Option<vpn::PeerUpdate> {
+        let Self { told, answered } = self;
+        let update = vpn::PeerUpdate {
+            upserted_workspaces: changed(&told.workspaces, &answered.workspaces, &present.workspaces)
+                .map(workspace)
+                .collect(),
+            upserted_agents: changed(&told.agents, &answered.agents, &present.agents).map(agent).collect(),
+            deleted_workspaces: vanished(&told.workspaces, &answered.workspaces, &present.workspaces)
+                .map(workspace)
+                .collect(),
+            deleted_agents: vanished(&told.agents, &answered.agents, &present.agents)
+                .map(deleted_agent)
+                .collect(),
+        };
+        Some(update).filter(|update| *update != vpn::PeerUpdate::default())
+    }
+
+    /// The difference to `present` was sent.
+    pub fn note_difference(&mut self, present: Arc<Snapshot>) {
+        *self = Self { told: present, answered: Snapshot::default() };
+    }
+
+    /// A question was answered with everything in `present`.
+    pub fn note_answer(&mut self, present: &Snapshot) {
+        note(&self.told.workspaces, &mut self.answered.workspaces, &present.workspaces);
+        note(&self.told.agents, &mut self.answered.agents, &present.agents);
+    }
+}
+
 /// The message that leads from `old` to `new`, or `None` if nothing differs.
 pub fn difference(old: &Snapshot, new: &Snapshot) -> Option<vpn::PeerUpdate> {
-    let update = vpn::PeerUpdate {
-        upserted_workspaces: changed(&old.workspaces, &new.workspaces).map(workspace).collect(),
-        upserted_agents: changed(&old.agents, &new.agents).map(agent).collect(),
-        deleted_workspaces: vanished(&old.workspaces, &new.workspaces).map(workspace).collect(),
-        deleted_agents: vanished(&old.agents, &new.agents).map(deleted_agent).collect(),
-    };
-    Some(update).filter(|update| *update != vpn::PeerUpdate::default())
+    Sent { told: Arc::new(old.clone()), answered: Snapshot::default() }.difference(new)
 }
 
 /// The message that tells everything, whatever was seen before: upserts only.
@@ -35,14 +70,29 @@ pub fn complete(snapshot: &Snapshot) -> vpn::PeerUpdate {
 type Table<T> = BTreeMap<Uuid, T>;
 
 fn changed<'a, T: PartialEq>(
-    old: &'a Table<T>,
-    new: &'a Table<T>,
+    told: &Table<T>,
+    answered: &Table<T>,
+    present: &'a Table<T>,
 ) -> impl Iterator<Item = (&'a Uuid, &'a T)> {
-    new.iter().filter(|(id, entry)| old.get(*id) != Some(*entry))
+    present.iter().filter(|(id, entry)| told.get(*id) != Some(*entry) || answered.contains_key(*id))
 }
 
-fn vanished<'a, T>(old: &'a Table<T>, new: &'a Table<T>) -> impl Iterator<Item = (&'a Uuid, &'a T)> {
-    old.iter().filter(|(id, _)| !new.contains_key(*id))
+/// With what was said of them last.
+fn vanished<'a, T>(
+    told: &'a Table<T>,
+    answered: &'a Table<T>,
+    present: &Table<T>,
+) -> impl Iterator<Item = (&'a Uuid, &'a T)> {
+    let known = told.iter().chain(answered);
+    known.filter(|(id, _)| !present.contains_key(*id)).collect::<BTreeMap<_, _>>().into_iter()
+}
+
+fn note<T: Clone + PartialEq>(told: &Table<T>, answered: &mut Table<T>, present: &Table<T>) {
+    for (id, entry) in present {
+        if told.get(id) != Some(entry) || answered.contains_key(id) {
+            answered.insert(*id, entry.clone());
+        }
+    }
 }
 
 fn workspace((id, entry): (&Uuid, &WorkspaceEntry)) -> vpn::Workspace {

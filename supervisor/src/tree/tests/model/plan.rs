@@ -196,7 +196,7 @@ fn step(setting: Setting) -> impl Strategic<Value = Step> {
         1 => (any::<usize>(), 1..3_u32).prop_map(|(index, times)| Step::Unlucky(index, times)),
         2 => (any::<usize>(), child(setting, depth)).prop_map(|(boss, plan)| Step::Add(boss, plan)),
         2 => any::<usize>().prop_map(Step::Remove),
-        waits => prop_oneof![1..900_u64, 900..30_000_u64].prop_map(Step::Wait),
+        waits => prop_oneof![1..900_u64, 900..30_000_u64, Just(999)].prop_map(Step::Wait),
     ]
 }
 
