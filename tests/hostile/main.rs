@@ -3,16 +3,27 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
 mod api;
+mod control_plane;
+mod crook;
+mod leg_a;
 mod leg_b;
+mod relay;
 #[path = "../support/mod.rs"]
 mod support;
 
-use std::time::Duration;
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
-use support::{LIMIT, ServiceProcess, eventually};
+use crook::Crook;
+use support::{Deployment, LIMIT, ServiceProcess, eventually, stderr, sum};
 
 /// Most memory that a service may ever have had, of which some 20 MiB are the debug build itself.
 const SERVICE_CEILING: Mebibytes = Mebibytes(40);
+
+/// Most memory that a tunnel may ever have had, of which some 25 MiB are the debug build itself.
+const TUNNEL_CEILING: Mebibytes = Mebibytes(64);
 
 /// An amount of memory.
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
@@ -47,5 +58,108 @@ const A_WHILE: Duration = Duration::from_millis(300);
 const _: () = assert!(A_WHILE.as_millis() < LIMIT.as_millis());
 
 fn within_a_while(mut done: impl FnMut() -> bool) -> bool {
-    (0..50).any(|_| done() || (std::thread::sleep(A_WHILE / 10), false).1)
+    (0..50).any(|_| done() || (thread::sleep(A_WHILE / 10), false).1)
+}
+
+/// A service, and a deployment that it reaches by way of a crook.
+struct Scene {
+    deployment: Deployment,
+    service: ServiceProcess,
+    crook: Crook,
+}
+
+impl Scene {
+    /// With so many agents.
+    fn new(agents: usize) -> Self {
+        let (deployment, service) = (Deployment::start(agents), ServiceProcess::start());
+        let (url, token) = deployment.access();
+        let crook = Crook::before(url.strip_prefix("http://").unwrap());
+        service.pretend_login(crook.url(), &token);
+        Self { deployment, service, crook }
+    }
+
+    /// With a tunnel by which every agent answers.
+    fn up(agents: usize) -> Self {
+        let scene = Self::new(agents);
+        let output = scene.service.warren(&["up", "--wait"]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        scene
+    }
+
+    /// Waits until the tunnel has told of an end of the control connection, in one of these words.
+    #[track_caller]
+    fn control_error(&self, words: &[&str]) {
+        self.is_logged("no control connection", 1, words);
+    }
+
+    /// The same where nothing else has ended it before.
+    #[track_caller]
+    fn control_error_of_first(&self, words: &[&str]) {
+        self.is_logged("no control connection", 0, words);
+    }
+
+    /// Waits until the tunnel has told of an end of its link to the relay, in one of these words.
+    #[track_caller]
+    fn relay_error(&self, words: &[&str]) {
+        self.is_logged("a relay link is down", 1, words);
+    }
+
+    /// In the words of an end that comes after so many that the test itself has brought about.
+    #[track_caller]
+    fn is_logged(&self, event: &str, after: usize, words: &[&str]) {
+        let of_it = |log: &str| -> Vec<String> {
+            log.lines().filter(|line| line.contains(event)).skip(after).map(str::to_owned).collect()
+        };
+        let is_meant = |line: &String| words.is_empty() || words.iter().any(|word| line.contains(word));
+        let begun = Instant::now();
+        while !of_it(&self.service.log()).iter().any(is_meant) {
+            assert!(begun.elapsed() < LIMIT, "none of {words:?} in {:#?}", of_it(&self.service.log()));
+            thread::sleep(A_WHILE / 3);
+        }
+    }
+
+    /// The number of agents that are shown.
+    fn agents(&self) -> usize {
+        self.service.status()["agents"].as_array().map_or(0, Vec::len)
+    }
+
+    /// Waits until agents have answered once more.
+    #[track_caller]
+    fn is_pinged_again(&self) {
+        let answered = || sum(&self.service.metrics(), "warren_pings_total", &["result=\"ok\""]);
+        let before = answered();
+        eventually("agents answer", || answered() > before);
+    }
+
+    /// Waits until the control connection stands and agents answer, and checks that nothing died meanwhile.
+    #[track_caller]
+    fn is_whole_again(&self) {
+        self.is_whole_again_within(SERVICE_CEILING, TUNNEL_CEILING);
+    }
+
+    #[track_caller]
+    fn is_whole_again_within(&self, service: Mebibytes, tunnel: Mebibytes) {
+        eventually("the control connection stands", || {
+            sum(&self.service.metrics(), "warren_control_connected", &[]) == 1.0
+        });
+        self.is_pinged_again();
+        self.has_stood_within(service, tunnel);
+    }
+
+    /// Checks that neither process died or took more than its share.
+    #[track_caller]
+    fn has_stood(&self) {
+        self.has_stood_within(SERVICE_CEILING, TUNNEL_CEILING);
+    }
+
+    #[track_caller]
+    fn has_stood_within(&self, service: Mebibytes, tunnel: Mebibytes) {
+        assert_eq!(sum(&self.service.metrics(), "warren_tunnel_restarts_total", &[]), 0.0);
+        let took = peak(self.service.pid());
+        assert!(took < service, "the service took {took:?}");
+        if let Some(pid) = self.service.tunnel_pid() {
+            let took = peak(pid);
+            assert!(took < tunnel, "the tunnel took {took:?}");
+        }
+    }
 }

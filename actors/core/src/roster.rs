@@ -21,7 +21,7 @@ mod update;
 mod workspaces;
 
 pub use update::{Sent, complete, difference};
-pub use workspaces::{Update, UpdateError};
+pub use workspaces::{MAX_ENTRIES, MAX_NAME, Update, UpdateError};
 
 /// The user's workspaces as the control plane lists them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -38,9 +38,16 @@ pub(crate) fn say(line: impl fmt::Display) -> std::io::Result<()> {
     writeln!(std::io::stdout().lock(), "{line}")
 }
 
-/// Text as a terminal may be shown it: names and errors can come from elsewhere, and must not move the cursor.
+/// Text as a terminal may be shown it: names and errors can come from elsewhere, and must not move the cursor,
+/// turn the text around or hide in it.
 pub(crate) fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() && !matches!(c, '\n' | '\t') { '?' } else { c }).collect()
+    let is_harmful = |c: char| c.is_control() && !matches!(c, '\n' | '\t') || is_format(c);
+    text.chars().map(|c| if is_harmful(c) { '?' } else { c }).collect()
+}
+
+/// The marks of Unicode that have no shape: directions, joiners, the byte order mark.
+fn is_format(c: char) -> bool {
+    matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
 /// Why a command failed, in words, and the exit status that says so.

@@ -158,6 +158,26 @@ mod workspace_updates {
         }
     }
 
+    #[test]
+    fn more_than_can_be_handled_is_refused_whole_and_room_that_is_given_back_is_room() {
+        let mut table = Table::after(&snapshot(&[(1, "dev", RUNNING)], &[(11, "main", 1)]));
+        let before = table.workspaces.clone();
+        let crowd = |count: usize| tailnet::WorkspaceUpdate {
+            upserted_agents: (0..count as u128).map(|number| agent(100 + number, "a", 1)).collect(),
+            ..tailnet::WorkspaceUpdate::default()
+        };
+        let failed = table.apply(&crowd(MAX_ENTRIES - 1), Update::Diff);
+        assert_eq!(failed, Err(UpdateError::TooMany(MAX_ENTRIES + 1)));
+        assert_eq!(table.workspaces, before);
+        table.apply(&crowd(MAX_ENTRIES - 2), Update::Diff).unwrap();
+        table.apply(&snapshot(&[(1, "dev", RUNNING)], &[]), Update::Snapshot).unwrap();
+        let long = "x".repeat(MAX_NAME + 1);
+        let failed = table.apply(&snapshot(&[(2, &long, RUNNING)], &[]), Update::Diff);
+        assert_eq!(failed, Err(UpdateError::LongName { what: "workspace", id: id(2), length: MAX_NAME + 1 }));
+        let failed = table.apply(&snapshot(&[], &[(12, &long, 1)]), Update::Diff);
+        assert_eq!(failed, Err(UpdateError::LongName { what: "agent", id: id(12), length: MAX_NAME + 1 }));
+    }
+
     /// The rules' part of W6: until the snapshot comes, the workspaces and names stay.
     #[test]
     fn a_stream_that_has_said_nothing_yet_changes_nothing() {

@@ -9,6 +9,12 @@ use warren_proto::tailnet;
 
 use super::{Workspace, Workspaces};
 
+/// Workspaces and agents that are handled at most, far beyond what one user has: every one costs memory, a
+/// peer, and a ping every 5 s.
+pub const MAX_ENTRIES: usize = 20_000;
+/// Bytes of the longest name that is kept, far beyond what any deployment allows.
+pub const MAX_NAME: usize = 1024;
+
 /// What kind of update a message is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Update {
@@ -40,6 +46,19 @@ pub enum UpdateError {
         /// Where it was said to be.
         workspace: Uuid,
     },
+    /// There are more of them than can be handled.
+    #[error("{0} workspaces and agents: {MAX_ENTRIES} are handled at most")]
+    TooMany(usize),
+    /// A name is longer than any can be.
+    #[error("{what} {id} has a name of {length} bytes: {MAX_NAME} are the most")]
+    LongName {
+        /// Whose name.
+        what: &'static str,
+        /// Its id.
+        id: Uuid,
+        /// Its length.
+        length: usize,
+    },
 }
 
 impl Workspaces {
@@ -53,6 +72,10 @@ impl Workspaces {
         delete_agents(&mut table, &message.deleted_agents)?;
         delete_workspaces(&mut table, &message.deleted_workspaces)?;
         upsert_agents(&mut table, &message.upserted_agents)?;
+        let entries = table.values().map(|workspace| 1 + workspace.agents.len()).sum();
+        if entries > MAX_ENTRIES {
+            return Err(UpdateError::TooMany(entries));
+        }
         self.workspaces = table;
         self.known = true;
         Ok(())
@@ -68,7 +91,9 @@ type Table = BTreeMap<Uuid, Workspace>;
 
 fn upsert_workspaces(table: &mut Table, upserted: &[tailnet::Workspace]) -> Result<(), UpdateError> {
     for upsert in upserted {
-        let workspace = table.entry(id("workspace", &upsert.id)?).or_insert_with(|| Workspace {
+        let id = id("workspace", &upsert.id)?;
+        check_name("workspace", id, &upsert.name)?;
+        let workspace = table.entry(id).or_insert_with(|| Workspace {
             name: String::new(),
             status: 0,
             agents: BTreeMap::new(),
@@ -100,9 +125,15 @@ fn upsert_agents(table: &mut Table, upserted: &[tailnet::Agent]) -> Result<(), U
     for upsert in upserted {
         let (agent, workspace) = (id("agent", &upsert.id)?, id("workspace", &upsert.workspace_id)?);
         let home = table.get_mut(&workspace).ok_or(UpdateError::UnknownWorkspace(workspace))?;
+        check_name("agent", agent, &upsert.name)?;
         home.agents.insert(agent, upsert.name.clone());
     }
     Ok(())
+}
+
+fn check_name(what: &'static str, id: Uuid, name: &str) -> Result<(), UpdateError> {
+    let length = name.len();
+    if length > MAX_NAME { Err(UpdateError::LongName { what, id, length }) } else { Ok(()) }
 }
 
 fn id(what: &'static str, bytes: &[u8]) -> Result<Uuid, UpdateError> {
