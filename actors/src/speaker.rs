@@ -490,9 +490,8 @@ impl<In: SpeakerMessage> Connection<In> {
         inbox: &mpsc::Sender<Incoming<In>>,
     ) -> End {
         let mut piece = vec![0; READ];
-        let mut progress = time::Instant::now();
         loop {
-            if let Err(error) = self.sort(arrivals) {
+            if let Err(error) = self.sort(arrivals, inbox) {
                 return error.into();
             }
             if arrivals.begins_to_pause(inbox) {
@@ -503,31 +502,27 @@ impl<In: SpeakerMessage> Connection<In> {
             }
             tokio::select! {
                 biased;
-                slot = inbox.reserve(), if !arrivals.waiting.is_empty() => {
-                    progress = time::Instant::now();
-                    arrivals.hand_over(slot.ok());
+                slot = inbox.reserve(), if !arrivals.waiting.is_empty() => arrivals.hand_over(slot.ok()),
+                room = arrivals.room_for_stuck(), if arrivals.stuck.is_some() => arrivals.release(room),
+                () = sleep_until(arrivals.moved_at + ROOM_LIMIT), if arrivals.is_blocked() => {
+                    return End::Overflow;
                 }
-                room = arrivals.room_for_stuck(), if arrivals.stuck.is_some() => {
-                    progress = time::Instant::now();
-                    arrivals.release(room);
-                }
-                () = sleep_until(progress + ROOM_LIMIT), if arrivals.is_blocked() => return End::Overflow,
                 arrived = read.read(&mut piece), if arrivals.may_read() => match arrived {
                     Ok(0) => return End::Eof,
-                    Ok(length) => {
-                        if !arrivals.is_blocked() {
-                            progress = time::Instant::now();
-                        }
-                        arrivals.decoder.extend(piece.get(..length).unwrap_or_default());
-                    }
+                    Ok(length) => arrivals.decoder.extend(piece.get(..length).unwrap_or_default()),
                     Err(error) => return End::Broken { action: "read", error: error.to_string() },
                 },
             }
         }
     }
 
-    /// Takes messages out of what has been read: responses go to their calls, others wait for the inbox.
-    fn sort(&self, arrivals: &mut Arrivals<In>) -> Result<(), FrameError> {
+    /// Takes messages out of what has been read: responses go to their calls, others to the inbox. Where there
+    /// is room, what was said before a response is there before the response is.
+    fn sort(
+        &self,
+        arrivals: &mut Arrivals<In>,
+        inbox: &mpsc::Sender<Incoming<In>>,
+    ) -> Result<(), FrameError> {
         while arrivals.may_read() {
             let Some((message, weight)) = arrivals.next()? else { return Ok(()) };
             self.count_frame("in", message.method());
@@ -535,6 +530,7 @@ impl<In: SpeakerMessage> Connection<In> {
                 Kind::Response(id) => self.resolve(id, message),
                 kind @ (Kind::Request(_) | Kind::Notification | Kind::Stray) => {
                     arrivals.keep(Unplaced { message, kind, received_at: Instant::now(), weight });
+                    arrivals.hand_over_at_once(inbox);
                 }
             }
         }
@@ -645,6 +641,8 @@ struct Arrivals<In> {
     waiting: VecDeque<Incoming<In>>,
     /// Behind those, the one that there is no room for.
     stuck: Option<Unplaced<In>>,
+    /// When the first of those began to wait, or one that did found room.
+    moved_at: time::Instant,
     /// Nothing is read until there is room; said once.
     is_paused: bool,
 }
@@ -671,6 +669,7 @@ impl<In: SpeakerMessage> Arrivals<In> {
             room: Arc::new(Semaphore::new(In::LIMITS.in_flight)),
             waiting: VecDeque::new(),
             stuck: None,
+            moved_at: time::Instant::now(),
             is_paused: false,
         }
     }
@@ -693,10 +692,24 @@ impl<In: SpeakerMessage> Arrivals<In> {
         if let (Some(next), Some(slot)) = (self.waiting.pop_front(), slot) {
             slot.send(next);
         }
+        self.moved_at = time::Instant::now();
         self.is_paused &= !self.waiting.is_empty();
     }
 
+    fn hand_over_at_once(&mut self, inbox: &mpsc::Sender<Incoming<In>>) {
+        while !self.waiting.is_empty() {
+            match inbox.try_reserve() {
+                Ok(slot) => self.hand_over(Some(slot)),
+                Err(mpsc::error::TrySendError::Closed(())) => self.hand_over(None),
+                Err(mpsc::error::TrySendError::Full(())) => return,
+            }
+        }
+    }
+
     fn keep(&mut self, arrived: Unplaced<In>) {
+        if !self.is_blocked() {
+            self.moved_at = time::Instant::now();
+        }
         match Arc::clone(&self.room).try_acquire_many_owned(arrived.weight) {
             Ok(room) => self.waiting.push_back(arrived.place(room)),
             Err(_) => self.stuck = Some(arrived),
@@ -710,6 +723,7 @@ impl<In: SpeakerMessage> Arrivals<In> {
     }
 
     fn release(&mut self, room: Option<OwnedSemaphorePermit>) {
+        self.moved_at = time::Instant::now();
         if let (Some(stuck), Some(room)) = (self.stuck.take(), room) {
             self.waiting.push_back(stuck.place(room));
         }

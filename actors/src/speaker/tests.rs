@@ -336,6 +336,20 @@ async fn a_response_passes_requests_that_nobody_handles() {
     assert!(matches!(answer.msg, Some(manager_message::Msg::NetworkSettings(it)) if it.success));
 }
 
+#[tokio::test]
+async fn what_was_said_before_a_response_is_there_when_the_response_is() {
+    let (speaker, mut inbox, mut peer) = raw_peer().await;
+    let call = tokio::spawn(async move { speaker.request(settings(), SOON).await });
+    take_frame(&mut peer).await;
+    let answer = [0, 0, 0, 8, 0x0a, 0x02, 0x10, 0x01, 0x1a, 0x02, 0x08, 0x01];
+    let said = [wake(1), wake(2), answer.to_vec(), wake(3)].concat();
+    peer.write_all(&said).await.unwrap();
+    call.await.unwrap().unwrap();
+    assert_eq!(inbox.messages.try_recv().unwrap().kind, Kind::Request(1));
+    assert_eq!(inbox.messages.try_recv().unwrap().kind, Kind::Request(2));
+    assert_eq!(inbox.recv().await.unwrap().kind, Kind::Request(3));
+}
+
 /// Conforms: vpn:15.31
 #[tokio::test]
 async fn an_end_and_a_bad_frame_show_behind_requests_that_nobody_handles() {
