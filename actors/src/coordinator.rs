@@ -1,6 +1,6 @@
 //! The control-plane coordinator: keeps the control connection, and the facts that come through it.
 //!
-//! Writes the cells `link`, `network_map`, `relay_map` and `workspaces`. It decides when to dial and what the
+//! Writes the cells `link`, `network_map`, `relay_map`, `upgrades` and `workspaces`. It decides when to dial and what the
 //! end of a connection means; one `Attempt` at a time does the work and reports. What must survive a
 //! crash is in the cells and in [`ControlMemory`]: the successor is the same peer to the deployment, and no
 //! peer is unprogrammed meanwhile.
@@ -27,7 +27,7 @@ use warren_proto::tailnet::WorkspaceUpdate;
 
 use crate::{
     facts::{LinkState, Net},
-    relay,
+    relay::{self, upgrade::Upgrades},
     runtime::{AlreadyClaimed, CellWriter, Context, Part, PartError},
 };
 
@@ -39,13 +39,14 @@ mod memory;
 mod peers;
 mod refusal;
 mod rpc;
-pub mod websocket;
+mod upgrade;
 
 use connection::{Attempt, Begin, STOP_LIMIT};
 pub use error::ControlError;
 pub use memory::ControlMemory;
 use peers::Peers;
 pub use refusal::{Redirect, Refusal, Validation};
+pub use upgrade::OpenError;
 
 /// The first pause after an end, the longest, and their growth. The deployment's rate limit is 512 requests
 /// in a minute; a person who waits should not notice the shorter pauses.
@@ -106,6 +107,7 @@ struct Shared {
     memory: Arc<ControlMemory>,
     peers: Peers,
     relay_map: CellWriter<RelayMap>,
+    upgrades: CellWriter<Upgrades>,
     workspaces: CellWriter<Workspaces>,
     /// Told when the machine woke up.
     wake: Notify,
@@ -232,6 +234,7 @@ impl Shared {
         Ok(Self {
             peers: Peers::new(Arc::clone(net), Arc::clone(memory))?,
             relay_map: net.relay_map.claim()?,
+            upgrades: net.upgrades.claim()?,
             workspaces: net.workspaces.claim()?,
             wake: Notify::new(),
             stop: CancellationToken::new(),
@@ -246,6 +249,8 @@ impl Shared {
     }
 
     fn take_introduction(&self, username: String, info: ConnectionInfo) {
+        let only = Some(Upgrades::WebSocketOnly).filter(|_| info.force_websockets);
+        self.upgrades.set_if_changed(only.unwrap_or_default());
         self.take_relay_map(info.relay_map);
         let known = Workspaces::clone(&self.workspaces.get());
         self.workspaces.set_if_changed(Workspaces { username, suffix: info.hostname_suffix, ..known });

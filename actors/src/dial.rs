@@ -26,11 +26,13 @@ use tokio_rustls::client::TlsStream;
 use url::{Host, Url};
 use warren_core::relay_map::NodeAddress;
 
+mod counted;
 mod error;
 mod proxy;
 mod race;
 mod tls;
 
+pub use counted::{Counted, Sent};
 pub use error::{DialError, SetupError, Step, TlsError};
 
 use proxy::{Proxies, Proxy};
@@ -64,6 +66,15 @@ pub enum Verify {
     SkipForTests,
 }
 
+/// What a connection over TLS announces that it is going to speak.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Alpn {
+    /// HTTP/1.1: everything here is an upgrade of it, so nothing newer may be negotiated.
+    Http1,
+    /// Nothing, for servers that refuse whoever does not announce HTTP/2 and still speak HTTP/1.1.
+    Nothing,
+}
+
 /// Where to connect to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
@@ -81,6 +92,8 @@ pub struct Target {
     pub server_name: Option<String>,
     /// Whether the certificate is looked at.
     pub verify: Verify,
+    /// What is announced.
+    pub alpn: Alpn,
 }
 
 impl Target {
@@ -104,6 +117,7 @@ impl Target {
             ipv6: NodeAddress::Resolve,
             server_name: None,
             verify: Verify::Yes,
+            alpn: Alpn::Http1,
         })
     }
 
@@ -179,7 +193,7 @@ impl Dialer {
         deadline.hold(target, Step::Proxy, proxy.tunnel(carrier, target)).await?
     }
 
-    async fn tcp(&self, target: &Target, deadline: Deadline) -> Result<TcpStream, DialError> {
+    async fn tcp(&self, target: &Target, deadline: Deadline) -> Result<Counted<TcpStream>, DialError> {
         let addresses = deadline.hold(target, Step::Resolve, self.addresses(target)).await??;
         let raced = deadline.hold(target, Step::Connect, race::connect(&addresses)).await?;
         let stream = raced.map_err(|error| DialError::of_connect(target, error))?;
@@ -187,7 +201,7 @@ impl Dialer {
         if let Ok(peer) = stream.peer_addr() {
             self.remember(target, peer.ip());
         }
-        Ok(stream)
+        Ok(Counted::new(stream))
     }
 
     async fn addresses(&self, target: &Target) -> Result<Vec<SocketAddr>, DialError> {
@@ -257,9 +271,9 @@ impl Deadline {
 #[derive(Debug)]
 pub enum Carrier {
     /// TCP.
-    Tcp(TcpStream),
+    Tcp(Counted<TcpStream>),
     /// TLS that ends at the proxy.
-    TlsToProxy(Box<TlsStream<TcpStream>>),
+    TlsToProxy(Box<TlsStream<Counted<TcpStream>>>),
 }
 
 /// An established connection.
@@ -274,15 +288,23 @@ pub enum Stream {
 impl Stream {
     /// The other end of the TCP connection: the target, or the proxy.
     pub fn peer_ip(&self) -> Option<IpAddr> {
+        self.tcp().get_ref().peer_addr().ok().map(|peer| peer.ip().to_canonical())
+    }
+
+    /// What leaves this machine through it.
+    pub fn sent(&self) -> Sent {
+        self.tcp().sent().clone()
+    }
+
+    fn tcp(&self) -> &Counted<TcpStream> {
         let carrier = match self {
             Self::Plain(carrier) => carrier,
             Self::Tls(stream) => stream.get_ref().0,
         };
-        let tcp = match carrier {
+        match carrier {
             Carrier::Tcp(tcp) => tcp,
             Carrier::TlsToProxy(stream) => stream.get_ref().0,
-        };
-        tcp.peer_addr().ok().map(|peer| peer.ip().to_canonical())
+        }
     }
 }
 

@@ -2,9 +2,9 @@
 //!
 //! | Cell | Writer |
 //! |---|---|
-//! | [`Net::link`], [`Net::network_map`], [`Net::relay_map`], [`Net::workspaces`] | coordinator |
+//! | [`Net::link`], [`Net::network_map`], [`Net::relay_map`], [`Net::upgrades`], [`Net::workspaces`] | coordinator |
 //! | [`Net::peers`], [`Net::interface`] | registry |
-//! | [`Net::relays`], [`Net::home`], [`Net::latencies`] | relay |
+//! | [`Net::relays`], [`Net::forced_websocket`], [`Net::home`], [`Net::latencies`] | relay |
 //! | [`Net::host`] | session (the manager owns the network) or host (the tunnel owns it) |
 
 use std::{
@@ -28,7 +28,8 @@ use warren_proto::key::{DiscoPrivate, NodePrivate};
 use crate::{
     coordinator,
     data_plane::DataPlane,
-    packet_io, pinger, registry, relay,
+    packet_io, pinger, registry,
+    relay::{self, upgrade::Upgrades},
     runtime::{Address, Cell},
 };
 
@@ -149,6 +150,8 @@ pub struct Net {
     pub network_map: Cell<NetworkMap>,
     /// Where relays are, embedded ones rewritten.
     pub relay_map: Cell<RelayMap>,
+    /// Which upgrades relays are asked for; set before the first relay map.
+    pub upgrades: Cell<Upgrades>,
     /// The user's workspaces.
     pub workspaces: Cell<Workspaces>,
     /// What a manager is told.
@@ -159,6 +162,8 @@ pub struct Net {
     pub host: Cell<HostState>,
     /// How each relay link stands.
     pub relays: Cell<BTreeMap<RegionId, RelayLink>>,
+    /// Why relays of a region had to be reached by WebSocket; what is once in it stays.
+    pub forced_websocket: Cell<BTreeMap<RegionId, String>>,
     /// Our home region.
     pub home: Cell<Option<RegionId>>,
     /// Our latency to each region.

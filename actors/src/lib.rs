@@ -12,4 +12,5 @@ pub mod relay;
 pub mod runtime;
 pub mod session;
 pub mod speaker;
+mod websocket;
 pub mod wireguard;

@@ -2,7 +2,7 @@
 //!
 //! It only decides. Links dial, log in and reconnect by themselves in the data plane, and stay up when this
 //! part crashes; its successor reads [`DataPlane::links`](crate::data_plane::DataPlane::links) and the cells,
-//! and reconciles. Writes the cells `relays`, `home` and `latencies`.
+//! and reconciles. Writes the cells `relays`, `forced_websocket`, `home` and `latencies`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -31,6 +31,7 @@ mod latency;
 pub mod link;
 pub(crate) mod queue;
 pub mod request;
+pub mod upgrade;
 
 use latency::Probe;
 pub use latency::Stage;
@@ -49,6 +50,9 @@ const HEALTHY_SILENCE: Duration = Duration::from_secs(120);
 
 /// Links at the same time, home first. Each holds up to 1.5 MB; deployments have a handful of regions.
 const MAX_LINKS: usize = 32;
+
+/// Regions whose reason is told; each is about 1 KiB of our node.
+const MAX_REASONS: usize = 64;
 
 const TOKEN_HEADER: HeaderName = HeaderName::from_static("coder-session-token");
 
@@ -89,6 +93,7 @@ pub struct State {
     homes: Homes,
     map: Arc<RelayMap>,
     relays: CellWriter<BTreeMap<RegionId, RelayLink>>,
+    forced_websocket: CellWriter<BTreeMap<RegionId, String>>,
     home: CellWriter<Option<RegionId>>,
     latencies: CellWriter<BTreeMap<RegionId, RegionLatency>>,
     /// Counts measurements.
@@ -114,6 +119,7 @@ impl Part for RelayPart {
             homes: Homes::new(*home.get(), self.seed()),
             map: Arc::default(),
             relays: self.net.relays.claim()?,
+            forced_websocket: self.net.forced_websocket.claim()?,
             home,
             latencies: self.net.latencies.claim()?,
             generation: 0,
@@ -161,6 +167,8 @@ impl Part for RelayPart {
                 }
             }
             Message::NetworkChanged => {
+                // A probed link forgets why it uses a WebSocket.
+                self.publish(state);
                 self.net.data_plane.probe_links();
                 self.measure(context, state);
             }
@@ -266,6 +274,7 @@ impl RelayPart {
             region: region.id,
             nodes: region.relays().cloned().collect(),
             headers: self.headers(region),
+            upgrades: *self.net.upgrades.get(),
         }
     }
 
@@ -286,8 +295,10 @@ impl RelayPart {
     }
 
     fn publish(&self, state: &mut State) {
+        let infos = self.net.data_plane.links();
+        state.note_forced(&infos);
         let links: BTreeMap<RegionId, RelayLink> =
-            self.net.data_plane.links().into_iter().map(|(region, info)| (region, info.state)).collect();
+            infos.into_iter().map(|(region, info)| (region, info.state)).collect();
         for region in links.keys() {
             state.gauges(*region);
         }
@@ -343,6 +354,18 @@ impl State {
             }
         }
         self.latencies.set_if_changed(report.clone());
+    }
+
+    /// Deployments are told why a relay was once reached by WebSocket for as long as we live.
+    fn note_forced(&self, links: &BTreeMap<RegionId, LinkInfo>) {
+        let mut reasons = BTreeMap::clone(&self.forced_websocket.get());
+        for (region, info) in links {
+            let has_room = reasons.len() < MAX_REASONS || reasons.contains_key(region);
+            if let Some(reason) = info.forced_websocket.clone().filter(|_| has_room) {
+                reasons.insert(*region, reason);
+            }
+        }
+        self.forced_websocket.set_if_changed(reasons);
     }
 
     fn gauges(&mut self, region: RegionId) -> &Gauges {
@@ -463,6 +486,38 @@ pub(crate) mod tests {
         assert_eq!(setting.links(), [RegionId(2)]);
     }
 
+    #[tokio::test]
+    async fn the_reason_for_a_websocket_is_told_for_good_and_also_by_a_successor() {
+        let mut setting = Setting::new().await;
+        let relay = upgrade::tests::FakeRelay::start().await;
+        relay.refuse_plain(Some("HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\nnone"));
+        let refusing = Region { nodes: vec![relay.node()], ..region(1, false) };
+        setting.set_map(std::slice::from_ref(&refusing));
+        setting.hear(Message::MapChanged).await;
+        let waiting = async {
+            while setting.net.forced_websocket.get().is_empty() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                setting.hear(Message::Tick).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), waiting).await.unwrap();
+        setting.set_map(&[region(2, false)]);
+        setting.hear(Message::MapChanged).await;
+        let mut setting = setting.crash().await;
+        setting.hear(Message::MapChanged).await;
+        let reasons = setting.net.forced_websocket.get();
+        assert!(reasons[&RegionId(1)].ends_with("'Upgrade: derp'): none"), "{reasons:?}");
+        assert_eq!(setting.links(), [RegionId(2)]);
+    }
+
+    #[tokio::test]
+    async fn the_links_of_a_deployment_that_forces_websockets_ask_for_nothing_else() {
+        let setting = Setting::new().await;
+        assert_eq!(setting.part.target(&region(1, false)).upgrades, upgrade::Upgrades::PlainFirst);
+        setting.net.upgrades.claim().unwrap().set(upgrade::Upgrades::WebSocketOnly);
+        assert_eq!(setting.part.target(&region(1, false)).upgrades, upgrade::Upgrades::WebSocketOnly);
+    }
+
     struct Setting {
         net: Arc<Net>,
         part: RelayPart,
@@ -557,11 +612,13 @@ pub(crate) mod tests {
             link: Cell::new(LinkState::Connecting),
             network_map: Cell::new(NetworkMap::default()),
             relay_map: Cell::new(RelayMap::default()),
+            upgrades: Cell::new(Default::default()),
             workspaces: Cell::new(Default::default()),
             peers: Cell::new(Default::default()),
             interface: Cell::new(None),
             host: Cell::new(Default::default()),
             relays: Cell::new(BTreeMap::new()),
+            forced_websocket: Cell::new(BTreeMap::new()),
             home: Cell::new(None),
             latencies: Cell::new(BTreeMap::new()),
             coordinator: Address::new("coordinator", 8),

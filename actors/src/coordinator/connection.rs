@@ -26,10 +26,13 @@ use super::{
     calls::Calls,
     error::ControlError,
     http::{ApiClient, REQUEST_LIMIT},
-    rpc,
-    websocket::{self, ByteStream, Handle},
+    rpc, upgrade,
 };
-use crate::{facts::Boot, runtime::Address};
+use crate::{
+    facts::Boot,
+    runtime::Address,
+    websocket::{ByteStream, Handle},
+};
 
 /// What the deployment does, told in the way it asks for; the lowest version with all our calls.
 const VERSION: &str = "version=2.3";
@@ -102,7 +105,7 @@ impl Attempt {
         let net = &self.shared.net;
         let client = client(&net.boot, Arc::clone(net.data_plane.dialer()));
         let owner = self.introduce(&client).await?;
-        let opened = websocket::open(&client, "/api/v2/tailnet", &self.query(), REQUEST_LIMIT).await;
+        let opened = upgrade::open(&client, "/api/v2/tailnet", &self.query(), REQUEST_LIMIT).await;
         let (stream, handle) = opened?;
         Ok(Opened { owner, stream, handle })
     }
@@ -116,11 +119,6 @@ impl Attempt {
         let user = client.current_user().await.map_err(ControlError::User)?;
         let body = client.get("/api/v2/workspaceagents/connection", REQUEST_LIMIT).await;
         let info = ConnectionInfo::from_json(&body.map_err(ControlError::ConnectionInfo)?)?;
-        if info.force_websockets {
-            tracing::warn!(
-                "the deployment wants relays to be reached by WebSocket, which this version does not do"
-            );
-        }
         self.shared.take_introduction(user.username, info);
         self.shared.memory.lock().owner = Some(user.id);
         Ok(user.id)

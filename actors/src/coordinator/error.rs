@@ -4,7 +4,7 @@ use std::{io, time::Duration};
 
 use warren_core::{relay_map::JsonError, roster::UpdateError};
 
-use super::{http::ApiError, refusal::Refusal, rpc::CallError, websocket::OpenError};
+use super::{http::ApiError, refusal::Refusal, rpc::CallError, upgrade::OpenError};
 
 /// Why there is no control connection (any more).
 #[derive(Debug, thiserror::Error)]

@@ -21,15 +21,12 @@ use warren_proto::{
     },
 };
 
-use super::{
-    http::ApiError,
-    websocket::{READ_IDLE, byte_stream},
-    *,
-};
+use super::{http::ApiError, upgrade::LIMITS, *};
 use crate::{
     facts::{Boot, NetworkOwner},
     relay::tests::net,
     runtime::{Running, Tasks, starter},
+    websocket::byte_stream,
 };
 
 mod conversation;
@@ -72,6 +69,27 @@ mod connecting {
     }
 
     /// Conforms: vpn:C1 vpn:16.2.5 control:H1
+    #[tokio::test]
+    async fn forced_websockets_are_known_before_the_first_relay_map_and_reasons_found_are_told() {
+        let rig = Rig::new().await;
+        let info = r#"{"derp_force_websockets":true,"derp_map":{"Regions":{"5":{"RegionID":5}}}}"#;
+        rig.deployment.refuse("/api/v2/workspaceagents/connection", "200 OK", info);
+        let mut maps = rig.net.relay_map.view();
+        let mut rig = rig.start().await;
+        maps.wait_for(|map| !map.regions.is_empty()).await.unwrap();
+        assert_eq!(*rig.net.upgrades.get(), Upgrades::WebSocketOnly);
+
+        let mut connection = rig.deployment.connection().await;
+        let mut coordinate = connection.call("Coordinate").await;
+        rig.net.home.claim().unwrap().set(Some(RegionId(5)));
+        let own = coordinate.next::<CoordinateRequest>().await.unwrap().update_self.unwrap().node.unwrap();
+        assert!(own.derp_forced_websocket.is_empty());
+        let reasons = [(RegionId(5), "no upgrade".to_owned())].into();
+        rig.net.forced_websocket.claim().unwrap().set(reasons);
+        let own = coordinate.next::<CoordinateRequest>().await.unwrap().update_self.unwrap().node.unwrap();
+        assert_eq!(own.derp_forced_websocket, [(5, "no upgrade".to_owned())].into());
+    }
+
     #[tokio::test]
     async fn every_request_carries_token_and_telemetry_and_the_introduction_is_made_once() {
         let mut rig = Rig::started().await;
@@ -593,7 +611,7 @@ impl Wire {
         shared.memory.lock().attempts = 1;
         let attempt = Attempt { shared: Arc::clone(&shared), number: 1, me: net.coordinator.clone() };
         let (ours, theirs) = duplex(64 * 1024);
-        let (stream, handle) = byte_stream(ours, READ_IDLE).await;
+        let (stream, handle) = byte_stream(ours, LIMITS).await;
         let keeping = tokio::spawn(async move { attempt.keep(id(0), stream, handle).await });
         Self { shared, connection: Connection::over(theirs, "").await, keeping }
     }

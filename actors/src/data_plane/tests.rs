@@ -13,7 +13,7 @@ use warren_core::{coordination, relay_map::Node};
 use warren_proto::key::random;
 
 use super::*;
-use crate::{dial::DialOptions, facts::RelayLink};
+use crate::{dial::DialOptions, facts::RelayLink, relay::upgrade::Upgrades};
 
 const LIMIT: Duration = Duration::from_secs(20);
 const REGION: RegionId = RegionId(999);
@@ -281,7 +281,7 @@ async fn a_refused_upgrade_is_told_in_words_and_tried_again() {
     a.plane.ensure_link(world.target());
     a.hear_link(LinkChange::Down).await;
     let RelayLink::Down { error } = a.plane.links()[&REGION].state.clone() else { panic!("not down") };
-    assert!(error.contains("426"), "{error}");
+    assert!(error.contains("503"), "{error}");
     a.hear_link_up().await;
 }
 
@@ -353,7 +353,7 @@ impl World {
             force_http: true,
             ..Node::default()
         };
-        LinkTarget { region: REGION, nodes: vec![node], headers: Vec::new() }
+        LinkTarget { region: REGION, nodes: vec![node], headers: Vec::new(), upgrades: Upgrades::default() }
     }
 
     /// Both know each other and keep the tunnel warm.
@@ -606,7 +606,7 @@ impl RelayShared {
         }
         if self.refusals.try_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
         {
-            stream.write_all(b"HTTP/1.1 426 Upgrade Required\r\nContent-Length: 0\r\n\r\n").await.ok()?;
+            stream.write_all(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n").await.ok()?;
             return None;
         }
         let mut hello =

@@ -3,6 +3,7 @@
 use std::{io, path::PathBuf, time::Duration};
 
 use http::StatusCode;
+use rustls::{AlertDescription, PeerMisbehaved};
 
 use super::Target;
 
@@ -145,6 +146,9 @@ pub enum TlsError {
     /// Another fault of the certificate.
     #[error("its certificate is not acceptable: {0}")]
     Certificate(String),
+    /// It insists on HTTP/2, whose connections cannot be upgraded.
+    #[error("it insists on HTTP/2; what stands in front of it must let HTTP/1.1 through")]
+    OnlyHttp2,
     /// The other side does not speak TLS.
     #[error("it does not speak TLS; is the URL perhaps http:// instead of https://?")]
     NotTls,
@@ -172,6 +176,10 @@ impl TlsError {
         match inner {
             Some(rustls::Error::InvalidCertificate(reason)) => Self::of_certificate(reason),
             Some(rustls::Error::InvalidMessage(_)) => Self::NotTls,
+            Some(
+                rustls::Error::AlertReceived(AlertDescription::NoApplicationProtocol)
+                | rustls::Error::PeerMisbehaved(PeerMisbehaved::SelectedUnofferedApplicationProtocol),
+            ) => Self::OnlyHttp2,
             Some(other) => Self::Other(other.to_string()),
             None if error.kind() == io::ErrorKind::UnexpectedEof => {
                 Self::Other("it hung up during the handshake".to_owned())

@@ -10,7 +10,7 @@ use hyper::{client::conn::http1, upgrade::Upgraded};
 use hyper_util::{client::proxy::matcher::Matcher, rt::TokioIo};
 use warren_core::relay_map::NodeAddress;
 
-use super::{Carrier, DialError, Scheme, Target, Verify, authority};
+use super::{Alpn, Carrier, DialError, Scheme, Target, Verify, authority};
 
 /// The most that a proxy's answer may take before the tunnel begins.
 const MAX_HEAD: usize = 16 * 1024;
@@ -72,6 +72,7 @@ impl Proxy {
             ipv6: NodeAddress::Resolve,
             server_name: None,
             verify: Verify::Yes,
+            alpn: Alpn::Http1,
         })
     }
 

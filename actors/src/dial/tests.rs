@@ -224,6 +224,7 @@ fn plain(host: &str, port: u16) -> Target {
         ipv6: NodeAddress::Resolve,
         server_name: None,
         verify: Verify::Yes,
+        alpn: Alpn::Http1,
     }
 }
 

@@ -18,9 +18,9 @@ use rustls::{
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use super::{DialError, SetupError, Target, TlsError, Verify};
+use super::{Alpn, DialError, SetupError, Target, TlsError, Verify};
 
-/// Everything here is an upgrade of HTTP/1.1, so nothing newer may be negotiated.
+/// See [`Alpn::Http1`].
 const ALPN: &[u8] = b"http/1.1";
 
 pub(super) struct Tls {
@@ -60,6 +60,14 @@ impl Tls {
     }
 
     fn config_for(&self, target: &Target) -> Result<Arc<ClientConfig>, TlsError> {
+        let mut config = self.verifying(target)?;
+        if target.alpn == Alpn::Nothing {
+            Arc::make_mut(&mut config).alpn_protocols.clear();
+        }
+        Ok(config)
+    }
+
+    fn verifying(&self, target: &Target) -> Result<Arc<ClientConfig>, TlsError> {
         let verifier: Arc<dyn ServerCertVerifier> = match (target.verify, &target.server_name, &self.verifier)
         {
             (Verify::SkipForTests, _, _) => Arc::new(Unverified(Arc::clone(&self.provider))),

@@ -13,9 +13,6 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use http::{HeaderValue, StatusCode, header};
-use hyper::upgrade::Upgraded;
-use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     sync::Notify,
@@ -31,19 +28,18 @@ use warren_proto::{
 use super::{
     frames::{Frames, Incoming},
     queue::{Full, Outgoing},
-    request::{self, Headers, RequestError},
+    request::Headers,
+    upgrade::{self, Fallback, Opened, UpgradeError, Upgrades, Wire},
 };
 use crate::{
     data_plane::{LinkChange, Plane, inbound::Inbound},
-    dial::Stream,
+    dial::{Alpn, Sent},
     facts::RelayLink,
 };
 
 /// For everything from the first packet to the login (tailnet-data 2.1).
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
-/// For one node of a region, so that another gets its chance.
-const NODE_LIMIT: Duration = Duration::from_secs(4);
-/// A relay that takes nothing for so long is gone.
+/// A relay that takes nothing for so long is gone. One that takes little is slow.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
 /// The most that is written at once.
 const WRITE_BYTES: usize = 64 * 1024;
@@ -52,7 +48,7 @@ const SILENCE: Duration = Duration::from_secs(2);
 /// For the answer.
 const PONG_LIMIT: Duration = Duration::from_secs(3);
 /// A link without any frame for this long is dead, used or not: relays send something every 65 s.
-const SILENCE_LIMIT: Duration = Duration::from_secs(120);
+pub(super) const SILENCE_LIMIT: Duration = Duration::from_secs(120);
 /// How often silence is looked at.
 const WATCH_PERIOD: Duration = Duration::from_millis(500);
 /// From one logged problem of a relay to the next.
@@ -73,6 +69,8 @@ pub struct LinkTarget {
     pub nodes: Vec<Node>,
     /// Extra headers of the upgrade request.
     pub headers: Headers,
+    /// Which upgrades it asks for.
+    pub upgrades: Upgrades,
 }
 
 impl fmt::Debug for LinkTarget {
@@ -80,6 +78,7 @@ impl fmt::Debug for LinkTarget {
         f.debug_struct("LinkTarget")
             .field("region", &self.region)
             .field("nodes", &self.nodes)
+            .field("upgrades", &self.upgrades)
             .finish_non_exhaustive()
     }
 }
@@ -93,6 +92,8 @@ pub struct LinkInfo {
     pub idle: Duration,
     /// How long ago anything came from the relay.
     pub silent: Duration,
+    /// Why plain upgrades do not pass, if the link has found that out.
+    pub forced_websocket: Option<String>,
 }
 
 /// A link as others see it. All of it may be used from any thread.
@@ -100,6 +101,8 @@ pub(crate) struct Link {
     target: LinkTarget,
     outgoing: Outgoing,
     state: Mutex<RelayLink>,
+    /// Set once the plain upgrade was refused, until the network may have changed.
+    fallback: Mutex<Option<Fallback>>,
     is_up: AtomicBool,
     is_preferred: AtomicBool,
     /// Frames were lost with a session or in a queue that was given up.
@@ -120,6 +123,7 @@ impl Link {
             target,
             outgoing: Outgoing::default(),
             state: Mutex::new(RelayLink::Dialing),
+            fallback: Mutex::new(None),
             is_up: AtomicBool::new(false),
             is_preferred: AtomicBool::new(false),
             has_lost: AtomicBool::new(false),
@@ -154,6 +158,7 @@ impl Link {
             state: self.lock_state().clone(),
             idle: now.saturating_sub(since(&self.used)),
             silent: now.saturating_sub(since(&self.heard)),
+            forced_websocket: self.lock_fallback().as_ref().map(|it| it.reason.clone()),
         }
     }
 
@@ -168,8 +173,10 @@ impl Link {
         self.token.clone()
     }
 
-    /// Asks the relay at once whether it is there; ends a pause between two attempts.
+    /// The network may have changed: asks the relay at once whether it is there, or ends a pause between two
+    /// attempts. What refused the plain upgrade may not be in the way any more: the next attempt asks again.
     pub(crate) fn probe(&self) {
+        *self.lock_fallback() = None;
         self.probe.notify_one();
     }
 
@@ -232,6 +239,10 @@ impl Link {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn lock_fallback(&self) -> std::sync::MutexGuard<'_, Option<Fallback>> {
+        self.fallback.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn become_state(&self, plane: &Plane, state: RelayLink) {
         let change = match &state {
             RelayLink::Dialing => LinkChange::Dialing,
@@ -248,15 +259,7 @@ impl Link {
 #[derive(Debug, thiserror::Error)]
 enum LinkError {
     #[error(transparent)]
-    Request(#[from] RequestError),
-    #[error(
-        "the relay answers {0} instead of upgrading; it may want WebSocket, which is not spoken here yet"
-    )]
-    Refused(StatusCode),
-    #[error("the relay answers {0} instead of upgrading")]
-    Status(StatusCode),
-    #[error("the upgrade failed: {0}")]
-    Upgrade(hyper::Error),
+    Upgrade(#[from] UpgradeError),
     #[error("{0}")]
     Frame(#[from] DerpError),
     #[error("the connection failed: {0}")]
@@ -280,7 +283,7 @@ pub(crate) async fn serve(plane: Arc<Plane>, link: Arc<Link>) {
         link.become_state(&plane, RelayLink::Dialing);
         let mut up_since = None;
         let error = match connect(&plane, &link).await {
-            Ok(LoggedIn { stream, frames, said_preferred }) => {
+            Ok(LoggedIn { opened, frames, said_preferred }) => {
                 up_since = Some(Instant::now());
                 link.become_state(&plane, RelayLink::Up { since: SystemTime::now() });
                 if link.is_preferred.load(Ordering::Relaxed) != said_preferred {
@@ -288,7 +291,11 @@ pub(crate) async fn serve(plane: Arc<Plane>, link: Arc<Link>) {
                 }
                 tracing::info!(region = %link.region(), "a relay link is up");
                 plane.link_up(&link);
-                let Err(error) = run(&plane, &link, stream, frames).await;
+                let sent = opened.sent;
+                let Err(error) = match opened.wire {
+                    Wire::Plain(stream) => run(&plane, &link, stream, frames, &sent).await,
+                    Wire::WebSocket(stream) => run(&plane, &link, stream, frames, &sent).await,
+                };
                 error
             }
             Err(error) => {
@@ -323,45 +330,44 @@ fn pause(failures: u32, random: f64) -> Duration {
 
 /// A connection that is logged in, what of it was read already, and what the login said of our home.
 struct LoggedIn {
-    stream: TokioIo<Upgraded>,
+    opened: Opened,
     frames: Frames,
     said_preferred: bool,
 }
 
 async fn connect(plane: &Plane, link: &Link) -> Result<LoggedIn, LinkError> {
     let attempt = async {
-        let stream = upgrade(plane, &link.target).await?;
-        let mut stream = TokioIo::new(stream);
+        let mut opened = open(plane, link).await?;
         let said_preferred = link.is_preferred.load(Ordering::Relaxed);
-        let frames = log_in(plane, link, said_preferred, &mut stream).await?;
-        Ok(LoggedIn { stream, frames, said_preferred })
+        let frames = match &mut opened.wire {
+            Wire::Plain(stream) => log_in(plane, link, said_preferred, stream).await?,
+            Wire::WebSocket(stream) => log_in(plane, link, said_preferred, stream).await?,
+        };
+        Ok(LoggedIn { opened, frames, said_preferred })
     };
     timeout(CONNECT_LIMIT, attempt).await.unwrap_or(Err(LinkError::Login(CONNECT_LIMIT)))
 }
 
-async fn upgrade(plane: &Plane, target: &LinkTarget) -> Result<Upgraded, LinkError> {
-    let mut first_error = None;
-    for node in &target.nodes {
-        match upgrade_at(plane, node, &target.headers).await {
-            Ok(upgraded) => return Ok(upgraded),
-            Err(error) => first_error = first_error.or(Some(error)),
-        }
+/// Plainly, unless the deployment or an earlier refusal says otherwise (tailnet-data 2.5).
+async fn open(plane: &Plane, link: &Link) -> Result<Opened, UpgradeError> {
+    let LinkTarget { nodes, headers, upgrades, .. } = &link.target;
+    if *upgrades == Upgrades::WebSocketOnly {
+        return upgrade::web_socket(&plane.dialer, nodes, headers, Alpn::Http1).await;
     }
-    Err(first_error.unwrap_or(RequestError::NoRelay.into()))
-}
-
-async fn upgrade_at(plane: &Plane, node: &Node, headers: &Headers) -> Result<Upgraded, LinkError> {
-    let stream: Stream =
-        plane.dialer.connect(&request::target(node), NODE_LIMIT).await.map_err(RequestError::from)?;
-    let mut request = request::get(node, "/derp", headers)?;
-    request.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("DERP"));
-    request.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
-    let response = request::send(stream, request).await?;
-    match response.status() {
-        StatusCode::SWITCHING_PROTOCOLS => hyper::upgrade::on(response).await.map_err(LinkError::Upgrade),
-        status if status.is_client_error() => Err(LinkError::Refused(status)),
-        status => Err(LinkError::Status(status)),
-    }
+    let known = link.lock_fallback().clone();
+    let fallback = match known {
+        Some(known) => known,
+        None => match upgrade::plain(&plane.dialer, nodes, headers).await {
+            Ok(opened) => return Ok(opened),
+            Err(error) => {
+                let fallback = error.fallback().ok_or(error)?;
+                tracing::info!(region = %link.region(), reason = fallback.reason, "a relay is reached by WebSocket");
+                link.lock_fallback().insert(fallback).clone()
+            }
+        },
+    };
+    let opened = upgrade::web_socket(&plane.dialer, nodes, headers, fallback.alpn).await;
+    opened.map_err(|error| UpgradeError::Fallback { error: Box::new(error), reason: fallback.reason })
 }
 
 /// Logs in (tailnet-data 3.2).
@@ -413,12 +419,13 @@ async fn fill<S: AsyncRead + Unpin>(stream: &mut S, frames: &mut Frames) -> Resu
     Ok(())
 }
 
-/// Moves frames until something ends it.
+/// Moves frames until something ends it. `sent` counts what leaves below `stream`.
 async fn run<S>(
     plane: &Plane,
     link: &Link,
     stream: S,
     frames: Frames,
+    sent: &Sent,
 ) -> Result<std::convert::Infallible, LinkError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -426,7 +433,7 @@ where
     let (read, write) = tokio::io::split(stream);
     tokio::select! {
         ended = receive(plane, link, read, frames) => ended,
-        ended = transmit(link, write) => ended,
+        ended = transmit(link, write, sent) => ended,
         ended = watch(link) => ended,
     }
 }
@@ -484,7 +491,7 @@ fn react(plane: &Plane, link: &Link, frames: &Frames, frame: Incoming) -> Result
     Ok(())
 }
 
-async fn transmit<W>(link: &Link, mut stream: W) -> Result<std::convert::Infallible, LinkError>
+async fn transmit<W>(link: &Link, mut stream: W, sent: &Sent) -> Result<std::convert::Infallible, LinkError>
 where
     W: AsyncWrite + Unpin,
 {
@@ -492,10 +499,26 @@ where
     loop {
         link.outgoing.take(&mut waiting).await;
         for chunk in waiting.bytes().chunks(WRITE_BYTES) {
-            timeout(WRITE_LIMIT, stream.write_all(chunk)).await.map_err(|_| LinkError::Stuck)??;
+            while_moving(sent, stream.write_all(chunk)).await?;
         }
         if link.outgoing.is_empty() {
-            timeout(WRITE_LIMIT, stream.flush()).await.map_err(|_| LinkError::Stuck)??;
+            while_moving(sent, stream.flush()).await?;
+        }
+    }
+}
+
+/// Waits for a write for as long as something leaves, however slowly.
+async fn while_moving(
+    sent: &Sent,
+    writing: impl Future<Output = std::io::Result<()>>,
+) -> Result<(), LinkError> {
+    tokio::pin!(writing);
+    loop {
+        let before = sent.bytes();
+        match timeout(WRITE_LIMIT, &mut writing).await {
+            Ok(written) => return Ok(written?),
+            Err(_) if sent.bytes() == before => return Err(LinkError::Stuck),
+            Err(_) => {}
         }
     }
 }
@@ -531,6 +554,7 @@ fn micros(duration: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dial::Counted;
 
     #[test]
     fn the_pause_grows_with_the_square_of_the_failures_up_to_five_seconds() {
@@ -590,8 +614,39 @@ mod tests {
         assert_eq!(asked(&link), 1);
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn an_uplink_that_takes_minutes_for_one_write_is_slow_and_not_dead() {
+        let link = link();
+        let (near, mut far) = tokio::io::duplex(1024);
+        let near = Counted::new(near);
+        let sent = near.sent().clone();
+        // What TLS and WebSockets do: all is taken at once, and the flush tells nothing until it has left.
+        let buffered = tokio::io::BufWriter::with_capacity(256 * 1024, near);
+        (0..100).for_each(|_| link.send(&NodePublic([1; 32]), &[7; 1300]).unwrap());
+        let begun = tokio::time::Instant::now();
+        let trickle = async {
+            let mut received = 0;
+            while received < 100 * 1337 {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                received += far.read(&mut [0; 1000]).await.unwrap();
+            }
+        };
+        let transmit = transmit(&link, buffered, &sent);
+        tokio::pin!(transmit);
+        tokio::select! {
+            ended = &mut transmit => panic!("{ended:?}"),
+            () = trickle => {}
+        }
+        assert!(begun.elapsed() > Duration::from_secs(130));
+        (0..10).for_each(|_| link.send(&NodePublic([1; 32]), &[7; 1300]).unwrap());
+        let begun = tokio::time::Instant::now();
+        assert!(matches!(transmit.await, Err(LinkError::Stuck)));
+        assert!(begun.elapsed() <= 2 * WRITE_LIMIT + Duration::from_secs(1));
+    }
+
     fn link() -> Link {
-        let target = LinkTarget { region: RegionId(1), nodes: Vec::new(), headers: Headers::new() };
+        let (nodes, headers) = (Vec::new(), Headers::new());
+        let target = LinkTarget { region: RegionId(1), nodes, headers, upgrades: Upgrades::default() };
         Link::new(target, CancellationToken::new())
     }
 

@@ -10,7 +10,7 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 use warren_core::relay_map::{Node, NodeAddress};
 
-use crate::dial::{DialError, Scheme, Target, Verify};
+use crate::dial::{Alpn, DialError, Scheme, Target, Verify};
 
 /// The most that a relay's response head may take.
 const MAX_HEAD: usize = 16 * 1024;
@@ -48,6 +48,7 @@ pub(super) fn target(node: &Node) -> Target {
         ipv6: node.ipv6,
         server_name: node.cert_name.clone(),
         verify: if node.insecure_for_tests { Verify::SkipForTests } else { Verify::Yes },
+        alpn: Alpn::Http1,
     }
 }
 

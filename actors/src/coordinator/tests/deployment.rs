@@ -29,7 +29,7 @@ use warren_proto::{
     frame::Message,
 };
 
-use crate::coordinator::websocket::accept_key;
+use crate::websocket::accept_key;
 
 /// Longer than anything here takes.
 const SOON: Duration = Duration::from_secs(20);

@@ -17,7 +17,7 @@ fn bytes(step: &Value) -> Bytes {
 #[test]
 fn recorded_handshakes_are_accepted_unless_a_subprotocol_was_chosen() {
     let mut accepted = 0;
-    for entry in entries(include_str!("../../../../tests/vectors/http.json")) {
+    for entry in entries(include_str!("../../../tests/vectors/http.json")) {
         let lines = entry["request"].as_array().into_iter().flatten().filter_map(Value::as_str);
         let headers = lines.filter_map(|line| line.split_once(": "));
         let mut keys = headers.filter(|(name, _)| name.eq_ignore_ascii_case("sec-websocket-key"));
@@ -28,8 +28,11 @@ fn recorded_handshakes_are_accepted_unless_a_subprotocol_was_chosen() {
         });
         // Those that chose a subprotocol, or are no WebSockets, are of the relay.
         let is_relay = entry["name"].as_str().unwrap().starts_with("derp-");
-        let checked = check_response(&headers.collect(), key);
+        let headers = headers.collect();
+        let checked = check_response(&headers, key, None);
         assert_eq!(checked.is_err(), is_relay, "{}: {checked:?}", entry["name"]);
+        let chosen = headers.get(header::SEC_WEBSOCKET_PROTOCOL).is_some_and(|it| it == "derp");
+        assert_eq!(check_response(&headers, key, Some("derp")).is_ok(), chosen, "{}", entry["name"]);
         accepted += usize::from(checked.is_ok());
     }
     assert!(accepted > 20, "{accepted}");
@@ -53,7 +56,7 @@ fn message(step: &Value) -> Option<Message> {
 
 #[tokio::test]
 async fn what_a_server_sent_is_one_byte_stream_and_ends_as_recorded() {
-    for entry in entries(include_str!("../../../../tests/vectors/websocket.json")) {
+    for entry in entries(include_str!("../../../tests/vectors/websocket.json")) {
         let (name, steps) = (&entry["name"], entry["steps"].as_array().unwrap());
         let sent: Vec<_> = steps.iter().filter(|step| step["dir"] == "S").filter_map(message).collect();
         let expected: Vec<u8> = sent
@@ -66,7 +69,7 @@ async fn what_a_server_sent_is_one_byte_stream_and_ends_as_recorded() {
         let close = sent.iter().find_map(|message| {
             if let Message::Close(Some(frame)) = message { Some(frame.clone()) } else { None }
         });
-        let (mut stream, _handle, mut server) = pair(READ_IDLE).await;
+        let (mut stream, _handle, mut server) = pair(LIMITS).await;
         for message in sent {
             server.send(message).await.unwrap();
         }

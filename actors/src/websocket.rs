@@ -1,4 +1,5 @@
-//! The WebSocket of the control connection, as a byte stream (tailnet-control 1.12, 1.13, 2.2).
+//! A client's WebSocket as a byte stream: the control connection's, and a relay's where plain upgrades do not
+//! pass (tailnet-control 1.12, 1.13, 2.2; tailnet-data 2.4). The HTTP step is the caller's.
 //!
 //! Whoever reads the stream also answers the server's pings, so it must be read at all times. Messages have
 //! no meaning of their own: their payloads are concatenated.
@@ -18,8 +19,6 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use bytes::{Buf, Bytes};
 use futures::{Sink, SinkExt, Stream, task::AtomicWaker};
 use http::{HeaderMap, HeaderName, HeaderValue, header};
-use hyper::upgrade::Upgraded;
-use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::Notify,
@@ -35,40 +34,36 @@ use tokio_tungstenite::{
 
 mod transport;
 
-use super::http::{ApiClient, ApiError};
 use transport::Transport;
 
-/// The server pings every 15 s; without anything for three times as long the connection is dead.
-pub(super) const READ_IDLE: Duration = Duration::from_secs(45);
-/// Deployments send at most about 70 KiB in one message; the limit is for what is no deployment.
-const MAX_MESSAGE: usize = 4 * 1024 * 1024;
-/// The most that is sent in one message.
-const MAX_SENT: usize = 64 * 1024;
 const BUFFER: usize = 64 * 1024;
 /// A server that takes nothing of what waits for it for so long is gone, though it may still send.
 const WRITE_STALL: Duration = Duration::from_secs(10);
 /// What is read of a server that takes nothing: each of its bytes may want an answer, and answers wait above
 /// without a bound.
 const MAX_UNANSWERED: usize = 1024 * 1024;
-/// What is buffered while the server does not read. Writing waits from the first byte that is not taken.
-const MAX_BUFFERED: usize = BUFFER + 4 * MAX_SENT;
 
-/// Why no WebSocket came about.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The request failed or was refused.
-    #[error(transparent)]
-    Api(#[from] ApiError),
-    /// The server switched protocols, but not as it should.
-    #[error(
-        "the WebSocket handshake is not as it should be: {0}; a proxy in front of the deployment may be at fault"
-    )]
-    Handshake(&'static str),
+/// What one kind of connection allows itself and its server.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// Without any message for so long the connection is dead.
+    pub(crate) idle: Duration,
+    /// A larger message is refused.
+    pub(crate) largest_received: usize,
+    /// The most that is sent in one message.
+    pub(crate) largest_sent: usize,
 }
+
+/// Why what a server answered with 101 is no WebSocket as it was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the WebSocket handshake is not as it should be: {0}; a proxy in front of the server may be at fault"
+)]
+pub struct HandshakeError(&'static str);
 
 /// Why a byte stream ended, where it was not in order.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(super) enum StreamError {
+pub(crate) enum StreamError {
     /// The server sent text, which has no place here.
     #[error("the server sent a text message")]
     Text,
@@ -92,32 +87,32 @@ fn because(reason: &str) -> String {
     if reason.is_empty() { String::new() } else { format!(": {reason}") }
 }
 
-/// Opens a WebSocket at `path` of the deployment.
-pub(super) async fn open(
-    client: &ApiClient,
-    path: &str,
-    query: &str,
-    limit: Duration,
-) -> Result<(ByteStream<TokioIo<Upgraded>>, Handle<TokioIo<Upgraded>>), OpenError> {
-    let key = BASE64_STANDARD.encode(rand::random::<[u8; 16]>());
-    let switched = client.upgrade(path, query, request_headers(&key), limit).await?;
-    check_response(&switched.headers, &key)?;
-    Ok(byte_stream(switched.stream, READ_IDLE).await)
+/// A fresh `Sec-WebSocket-Key`.
+pub(crate) fn key() -> String {
+    BASE64_STANDARD.encode(rand::random::<[u8; 16]>())
 }
 
-fn request_headers(key: &str) -> HeaderMap {
+/// What a request for a WebSocket carries besides its host; `protocol` is the one subprotocol it offers.
+pub(crate) fn request_headers(key: &str, protocol: Option<&'static str>) -> HeaderMap {
     let value = HeaderValue::from_static;
     let key = HeaderValue::from_str(key).unwrap_or(value(""));
-    HeaderMap::from_iter([
+    let always = [
         (header::CONNECTION, value("Upgrade")),
         (header::UPGRADE, value("websocket")),
         (header::SEC_WEBSOCKET_VERSION, value("13")),
         (header::SEC_WEBSOCKET_KEY, key),
-    ])
+    ];
+    let offered = protocol.map(|protocol| (header::SEC_WEBSOCKET_PROTOCOL, value(protocol)));
+    always.into_iter().chain(offered).collect()
 }
 
-fn check_response(headers: &HeaderMap, key: &str) -> Result<(), OpenError> {
-    let wrong = |what| Err(OpenError::Handshake(what));
+/// Checks the head of a 101 answer to a request with this key and this offer.
+pub(crate) fn check_response(
+    headers: &HeaderMap,
+    key: &str,
+    protocol: Option<&'static str>,
+) -> Result<(), HandshakeError> {
+    let wrong = |what| Err(HandshakeError(what));
     if !has_token(headers, &header::CONNECTION, "upgrade") {
         return wrong("the header Connection does not say Upgrade");
     }
@@ -128,8 +123,12 @@ fn check_response(headers: &HeaderMap, key: &str) -> Result<(), OpenError> {
     if accept != Some(accept_key(key).as_bytes()) {
         return wrong("the header Sec-WebSocket-Accept does not match the key");
     }
-    if headers.contains_key(header::SEC_WEBSOCKET_PROTOCOL) {
-        return wrong("a subprotocol was chosen that was not offered");
+    let chosen = headers.get(header::SEC_WEBSOCKET_PROTOCOL).map(HeaderValue::as_bytes);
+    match (chosen, protocol) {
+        (None, None) => {}
+        (Some(chosen), Some(offered)) if chosen == offered.as_bytes() => {}
+        (None, Some(_)) => return wrong("the subprotocol that was offered was not chosen"),
+        (Some(_), _) => return wrong("a subprotocol was chosen that was not offered"),
     }
     if headers.contains_key(header::SEC_WEBSOCKET_EXTENSIONS) {
         return wrong("an extension was chosen that was not offered");
@@ -143,7 +142,7 @@ fn has_token(headers: &HeaderMap, name: &HeaderName, token: &str) -> bool {
 }
 
 /// What a server answers to a `Sec-WebSocket-Key` (RFC 6455, 4.2.2).
-pub fn accept_key(key: &str) -> String {
+pub(crate) fn accept_key(key: &str) -> String {
     const GUID: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
     let mut hash = ring::digest::Context::new(&ring::digest::SHA1_FOR_LEGACY_USE_ONLY);
     hash.update(key.as_bytes());
@@ -151,21 +150,22 @@ pub fn accept_key(key: &str) -> String {
     BASE64_STANDARD.encode(hash.finish())
 }
 
-/// Takes an established connection as a client's WebSocket that gives up after `idle` without a message.
-pub(super) async fn byte_stream<S>(stream: S, idle: Duration) -> (ByteStream<S>, Handle<S>)
+/// Takes an established connection as a client's WebSocket.
+pub(crate) async fn byte_stream<S>(stream: S, limits: Limits) -> (ByteStream<S>, Handle<S>)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let config = WebSocketConfig::default()
         .read_buffer_size(BUFFER)
         .write_buffer_size(BUFFER)
-        .max_write_buffer_size(MAX_BUFFERED)
-        .max_message_size(Some(MAX_MESSAGE))
-        .max_frame_size(Some(MAX_MESSAGE));
+        // What is buffered while the server does not read. Writing waits from the first byte not taken.
+        .max_write_buffer_size(BUFFER + 4 * limits.largest_sent)
+        .max_message_size(Some(limits.largest_received))
+        .max_frame_size(Some(limits.largest_received));
     let transport = Transport::new(stream, WRITE_STALL);
     let web_socket = WebSocketStream::from_raw_socket(transport, Role::Client, Some(config)).await;
-    let socket =
-        Socket { web_socket, unread: Bytes::new(), idle, silence: Box::pin(sleep(idle)), has_ended: false };
+    let silence = Box::pin(sleep(limits.idle));
+    let socket = Socket { web_socket, unread: Bytes::new(), limits, silence, has_ended: false };
     let shared = Arc::new(Shared {
         socket: Mutex::new(socket),
         heard: Notify::new(),
@@ -176,12 +176,12 @@ where
 }
 
 /// The byte stream; the only reader and writer.
-pub(super) struct ByteStream<S> {
+pub(crate) struct ByteStream<S> {
     shared: Arc<Shared<S>>,
 }
 
 /// What can be done about a connection beside its stream.
-pub(super) struct Handle<S> {
+pub(crate) struct Handle<S> {
     shared: Arc<Shared<S>>,
 }
 
@@ -197,7 +197,7 @@ struct Shared<S> {
 struct Socket<S> {
     web_socket: WebSocketStream<Transport<S>>,
     unread: Bytes,
-    idle: Duration,
+    limits: Limits,
     silence: Pin<Box<Sleep>>,
     has_ended: bool,
 }
@@ -210,7 +210,7 @@ impl<S> Shared<S> {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Handle<S> {
     /// Sends a ping; whether anything was heard of the server within `limit`.
-    pub(super) async fn is_alive(&self, limit: Duration) -> bool {
+    pub(crate) async fn is_alive(&self, limit: Duration) -> bool {
         let heard = self.shared.heard.notified();
         tokio::pin!(heard);
         heard.as_mut().enable();
@@ -220,7 +220,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Handle<S> {
     }
 
     /// Closes the WebSocket in order. Only when nobody polls the stream any more.
-    pub(super) async fn close(&self, limit: Duration) {
+    pub(crate) async fn close(&self, limit: Duration) {
         let frame = CloseFrame { code: CloseCode::Normal, reason: "".into() };
         let mut message = Some(Message::Close(Some(frame)));
         let said = std::future::poll_fn(|cx| {
@@ -258,10 +258,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
                 ready!(self.silence.as_mut().poll(cx));
                 return Poll::Ready(Err(io::Error::new(
                     io::ErrorKind::TimedOut,
-                    StreamError::Silent(self.idle),
+                    StreamError::Silent(self.limits.idle),
                 )));
             };
-            self.silence.as_mut().reset(Instant::now() + self.idle);
+            self.silence.as_mut().reset(Instant::now() + self.limits.idle);
             heard.notify_waiters();
             match message {
                 Some(Ok(Message::Binary(payload))) if payload.is_empty() => {}
@@ -336,9 +336,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for ByteStream<S> {
 impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for ByteStream<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let mut socket = self.shared.lock();
+        let largest = socket.limits.largest_sent;
         let mut web_socket = Pin::new(&mut socket.web_socket);
         ready!(web_socket.as_mut().poll_ready(cx)).map_err(io_error)?;
-        let part = bytes.get(..MAX_SENT).unwrap_or(bytes);
+        let part = bytes.get(..largest).unwrap_or(bytes);
         web_socket.start_send(Message::Binary(Bytes::copy_from_slice(part))).map_err(io_error)?;
         Poll::Ready(Ok(part.len()))
     }
