@@ -14,9 +14,13 @@ pub(crate) struct Deployment {
 impl Deployment {
     /// Starts one with so many agents.
     pub(crate) fn start(agents: usize) -> Self {
+        Self::with(LabOptions { agents, ..LabOptions::default() })
+    }
+
+    /// Starts one with these options.
+    pub(crate) fn with(options: LabOptions) -> Self {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let options = LabOptions { agents, ..LabOptions::default() };
         let lab = runtime.block_on(Lab::start(options)).unwrap();
         Self { runtime, lab }
     }

@@ -56,9 +56,26 @@ struct Inner {
     clients: Mutex<HashMap<NodePublic, Entry>>,
     next: AtomicU64,
     packets: AtomicU64,
-    refusal: Mutex<Option<StatusCode>>,
+    manners: Mutex<Manners>,
     stalled: watch::Sender<bool>,
     changed: Notify,
+}
+
+/// How requests to the relay's server are answered.
+#[derive(Clone, Default)]
+pub(crate) struct Manners {
+    /// Nobody answers at all.
+    pub(crate) is_gone: bool,
+    /// To every upgrade.
+    pub(crate) refusal: Option<StatusCode>,
+    /// To plain upgrades, with a body.
+    pub(crate) plain_refusal: Option<(StatusCode, String)>,
+    /// To WebSockets.
+    pub(crate) websocket_refusal: Option<StatusCode>,
+    /// WebSockets are granted without the subprotocol.
+    pub(crate) omits_subprotocol: bool,
+    /// Before the answer to a latency check.
+    pub(crate) latency: Duration,
 }
 
 /// The connections of one key, and whom it sent to.
@@ -85,7 +102,7 @@ impl Relay {
             clients: Mutex::default(),
             next: AtomicU64::new(0),
             packets: AtomicU64::new(0),
-            refusal: Mutex::default(),
+            manners: Mutex::default(),
             stalled: watch::Sender::new(false),
             changed: Notify::new(),
         }))
@@ -139,7 +156,38 @@ impl Relay {
 
     /// Answers upgrades with a status instead; `None` ends it. The lab's own agents do not upgrade and stay.
     pub fn refuse_upgrades(&self, status: Option<StatusCode>) {
-        *self.0.refusal.lock().unwrap_or_else(PoisonError::into_inner) = status;
+        self.change(|manners| manners.refusal = status);
+    }
+
+    /// Answers plain upgrades with a status and a body, as a proxy in between would, and still grants
+    /// WebSockets; `None` ends it.
+    pub fn refuse_plain_upgrades(&self, answer: Option<(StatusCode, &str)>) {
+        let answer = answer.map(|(status, body)| (status, body.to_owned()));
+        self.change(|manners| manners.plain_refusal = answer);
+    }
+
+    /// Answers requests for WebSockets with a status instead; `None` ends it.
+    pub fn refuse_websockets(&self, status: Option<StatusCode>) {
+        self.change(|manners| manners.websocket_refusal = status);
+    }
+
+    /// Grants WebSockets without naming the subprotocol, as a proxy might that knows none; `false` ends it.
+    pub fn omit_subprotocol(&self, is_omitted: bool) {
+        self.change(|manners| manners.omits_subprotocol = is_omitted);
+    }
+
+    /// Goes away with every connection, the lab's own agents' too, and hangs up on whoever comes; `false`
+    /// brings it back.
+    pub fn go(&self, is_gone: bool) {
+        self.change(|manners| manners.is_gone = is_gone);
+        if is_gone {
+            self.kill_connections();
+        }
+    }
+
+    /// Answers latency checks only after this time, as a relay far away would.
+    pub fn set_latency(&self, latency: Duration) {
+        self.change(|manners| manners.latency = latency);
     }
 
     /// Sends a frame to every client, whatever it is: a health report, a restart, a ping, an unknown type.
@@ -166,8 +214,12 @@ impl Relay {
         timeout(limit, waiting).await.is_ok()
     }
 
-    pub(crate) fn refusal(&self) -> Option<StatusCode> {
-        *self.0.refusal.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn manners(&self) -> Manners {
+        self.0.manners.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Manners)) {
+        change(&mut self.0.manners.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Serves one client until either side ends it.
@@ -175,6 +227,9 @@ impl Relay {
     where
         S: AsyncRead + AsyncWrite + Send,
     {
+        if self.manners().is_gone {
+            return;
+        }
         let (mut read, mut write) = tokio::io::split(stream);
         let login = timeout(LOGIN_LIMIT, self.log_in(&mut read, &mut write));
         let Ok(Some((key, mut buffer))) = login.await else { return };
@@ -183,6 +238,10 @@ impl Relay {
         client.queue.control(wire::server_info(&self.0.private, &key));
         self.lock().entry(key).or_default().connections.push(Arc::clone(&client));
         self.0.changed.notify_waiters();
+        if self.manners().is_gone {
+            // It went while this client logged in.
+            client.kill.cancel();
+        }
         // Also when this future is dropped in the middle.
         let _leave = Leave { relay: self, key, number };
         tokio::select! {

@@ -84,6 +84,13 @@ async fn serve(stream: TcpStream, site: Site, work: Work) {
 async fn respond(site: Site, work: Work, request: Request<Incoming>) -> Result<Answer, io::Error> {
     let state = Arc::clone(site.state());
     let place = state.recorder.request(recorded(&request));
+    let is_for_relay = collapsed(request.uri().path()).starts_with("/derp");
+    if is_for_relay && site.relay().manners().is_gone {
+        return Err(io::Error::other("the relay is gone on purpose"));
+    }
+    if is_for_relay && request.uri().path().ends_with("/latency-check") {
+        tokio::time::sleep(site.relay().manners().latency).await;
+    }
     let endpoint = match &site {
         Site::Deployment(_) => endpoint(request.uri().path()),
         Site::Relay(..) => Endpoint::Other,
@@ -339,7 +346,8 @@ fn start_control(state: &Arc<State>, work: &Work, peer: Uuid, upgrade: OnUpgrade
 
 fn relay_upgrade(site: &Site, work: &Work, mut request: Request<Incoming>) -> Answer {
     let relay = site.relay().clone();
-    if let Some(status) = relay.refusal() {
+    let manners = relay.manners();
+    if let Some(status) = manners.refusal {
         return answer::text(status, "refused on purpose\n");
     }
     let upgrade_to =
@@ -354,7 +362,11 @@ fn relay_upgrade(site: &Site, work: &Work, mut request: Request<Incoming>) -> An
         .any(|protocol| protocol.trim() == "derp");
     match wanted.as_deref() {
         Some("websocket") if offers_derp => {
-            match websocket::accept(request.headers(), websocket::Origin::Any, Some("derp")) {
+            if let Some(status) = manners.websocket_refusal {
+                return answer::text(status, "refused on purpose\n");
+            }
+            let protocol = Some("derp").filter(|_| !manners.omits_subprotocol);
+            match websocket::accept(request.headers(), websocket::Origin::Any, protocol) {
                 Err(refusal) => refusal,
                 Ok(answer) => {
                     let upgrade = hyper::upgrade::on(&mut request);
@@ -369,6 +381,9 @@ fn relay_upgrade(site: &Site, work: &Work, mut request: Request<Incoming>) -> An
             }
         }
         Some("derp" | "websocket") => {
+            if let Some((status, body)) = manners.plain_refusal {
+                return answer::text(status, &body);
+            }
             let upgrade = hyper::upgrade::on(&mut request);
             let mut answer: Answer = http::Response::new(Full::new(Bytes::new()));
             *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;

@@ -1,6 +1,7 @@
 use tokio::io::DuplexStream;
 
 use super::*;
+use crate::{Lab, LabOptions};
 
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -90,6 +91,40 @@ async fn a_stalled_relay_keeps_its_clients_and_says_nothing_until_it_is_released
     assert!(timeout(Duration::from_millis(50), a.next()).await.is_err());
     relay.stall(false);
     assert_eq!(a.next().await.0, wire::PONG);
+}
+
+#[tokio::test]
+async fn either_upgrade_can_be_refused_and_a_websocket_granted_without_its_subprotocol() {
+    let lab = Lab::start(LabOptions { agents: 0, ..LabOptions::default() }).await.unwrap();
+    let relay = lab.relay();
+    assert!(ask(&lab, "DERP").await.contains("101 Switching Protocols"));
+    assert!(ask(&lab, "websocket").await.contains("sec-websocket-protocol: derp\r\n"));
+    for status in [StatusCode::BAD_REQUEST, StatusCode::NOT_FOUND, StatusCode::UPGRADE_REQUIRED] {
+        relay.refuse_plain_upgrades(Some((status, "not here")));
+        let answer = ask(&lab, "DERP").await;
+        assert!(answer.contains(&format!("HTTP/1.1 {status}")) && answer.ends_with("not here"), "{answer}");
+    }
+    assert!(ask(&lab, "websocket").await.contains("101 Switching Protocols"));
+    relay.omit_subprotocol(true);
+    let answer = ask(&lab, "websocket").await;
+    assert!(answer.contains("101") && !answer.contains("sec-websocket-protocol"), "{answer}");
+    relay.refuse_websockets(Some(StatusCode::FORBIDDEN));
+    assert!(ask(&lab, "websocket").await.contains("403 Forbidden"));
+    relay.go(true);
+    assert_eq!(ask(&lab, "websocket").await, "");
+}
+
+/// The head of the answer to an upgrade request, and a short body.
+async fn ask(lab: &Lab, upgrade: &str) -> String {
+    let mut stream = tokio::net::TcpStream::connect(lab.url().trim_start_matches("http://")).await.unwrap();
+    let request = format!(
+        "GET /derp HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: {upgrade}\r\nSec-WebSocket-Version: 13\r\n\
+         Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: derp\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = vec![0; 4096];
+    let read = timeout(LIMIT, stream.read(&mut answer)).await.unwrap().unwrap_or(0);
+    String::from_utf8_lossy(&answer[..read]).into_owned()
 }
 
 struct Client {
