@@ -26,12 +26,14 @@ use tokio_rustls::client::TlsStream;
 use url::{Host, Url};
 use warren_core::relay_map::NodeAddress;
 
+mod client;
 mod counted;
 mod error;
 mod proxy;
 mod race;
 mod tls;
 
+pub use client::ClientCertificate;
 pub use counted::{Counted, Sent};
 pub use error::{DialError, SetupError, Step, TlsError};
 
@@ -46,6 +48,8 @@ const MAX_REMEMBERED: usize = 64;
 pub struct DialOptions {
     /// A PEM file with certificates to trust besides the system's.
     pub ca_file: Option<PathBuf>,
+    /// What is shown to servers that ask who we are.
+    pub client: Option<ClientCertificate>,
 }
 
 /// Whether a connection is encrypted.
@@ -154,7 +158,7 @@ impl Dialer {
     }
 
     fn with_proxies(options: &DialOptions, proxies: Proxies) -> Result<Self, SetupError> {
-        let tls = Tls::new(options.ca_file.as_deref())?;
+        let tls = Tls::new(options.ca_file.as_deref(), options.client.as_ref())?;
         Ok(Self { tls, proxies, last_good: Mutex::default() })
     }
 

@@ -18,7 +18,7 @@ use url::Url;
 use uuid::Uuid;
 use warren_core::server_version::{self, VersionError};
 
-use crate::dial::{DialError, Dialer, Target};
+use crate::dial::{DialError, Dialer, Target, TlsError};
 
 use super::refusal::{Redirect, Refusal};
 
@@ -347,6 +347,10 @@ impl ApiClient {
     }
 
     fn not_http(&self, path: &str, error: &hyper::Error) -> ApiError {
+        if let Some(reason) = TlsError::of_request(error) {
+            let host = self.url.host_str().unwrap_or_default().to_owned();
+            return ApiError::Dial(DialError::Tls { host, reason });
+        }
         // The outer text of hyper names the layer, the inner one the reason.
         let reason = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
         ApiError::NotHttp { url: self.shown(path), reason }

@@ -5,7 +5,7 @@ use std::{io, path::PathBuf, time::Duration};
 use http::StatusCode;
 use rustls::{AlertDescription, PeerMisbehaved};
 
-use super::Target;
+use super::{ClientCertificate, Target};
 
 /// Why a dialer could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -18,11 +18,44 @@ pub enum SetupError {
         /// What is wrong.
         reason: String,
     },
-    /// The CA file holds no certificate.
-    #[error("the CA file {} has no certificate in PEM form", path.display())]
+    /// A file that should hold certificates holds none.
+    #[error("the file {} has no certificate in PEM form", path.display())]
     NoCertificate {
         /// The file.
         path: PathBuf,
+    },
+    /// A file of the client certificate cannot be read.
+    #[error("cannot read the file {} of the client certificate: {error}", path.display())]
+    ClientFile {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        error: io::Error,
+    },
+    /// The key's file holds none that can be read.
+    #[error(
+        "the file {} has no private key in PEM form that can be read; one that is encrypted must be decrypted \
+         first", path.display()
+    )]
+    NoClientKey {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Certificate and key are not of one pair.
+    #[error(
+        "the key in {} is not that of the first certificate in {}", .0.key.display(), .0.certificate.display()
+    )]
+    ClientMismatch(ClientCertificate),
+    /// Certificate or key is of no use.
+    #[error(
+        "the client certificate {} with the key {} cannot be used: {reason}",
+        files.certificate.display(), files.key.display()
+    )]
+    ClientCertificate {
+        /// Both files.
+        files: ClientCertificate,
+        /// What the TLS library says.
+        reason: String,
     },
     /// The TLS library refused its configuration.
     #[error("TLS cannot be set up: {0}")]
@@ -149,6 +182,12 @@ pub enum TlsError {
     /// It insists on HTTP/2, whose connections cannot be upgraded.
     #[error("it insists on HTTP/2; what stands in front of it must let HTTP/1.1 through")]
     OnlyHttp2,
+    /// It does not accept who we are.
+    #[error(
+        "it wants a client certificate that it trusts ({0}); set client_cert_file and client_key_file \
+         (--client-cert-file, --client-key-file)"
+    )]
+    ClientCertificate(String),
     /// The other side does not speak TLS.
     #[error("it does not speak TLS; is the URL perhaps http:// instead of https://?")]
     NotTls,
@@ -171,9 +210,20 @@ impl DialError {
 }
 
 impl TlsError {
+    /// What a server said about our certificate, if that is at the bottom of `error`. With TLS 1.3 it says so
+    /// only after our handshake is done: to the first request.
+    pub fn of_request(error: &(dyn std::error::Error + 'static)) -> Option<Self> {
+        let chain = std::iter::successors(Some(error), |error| error.source());
+        let io = chain.filter_map(|error| error.downcast_ref::<io::Error>()).map(Self::of);
+        { io }.find(|error| matches!(error, Self::ClientCertificate(_)))
+    }
+
     pub(super) fn of(error: &io::Error) -> Self {
         let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
         match inner {
+            Some(rustls::Error::AlertReceived(alert)) if is_about_our_certificate(*alert) => {
+                Self::ClientCertificate(format!("{alert:?}"))
+            }
             Some(rustls::Error::InvalidCertificate(reason)) => Self::of_certificate(reason),
             Some(rustls::Error::InvalidMessage(_)) => Self::NotTls,
             Some(
@@ -200,6 +250,22 @@ impl TlsError {
             other => Self::Certificate(other.to_string()),
         }
     }
+}
+
+/// Servers differ in what they say of a certificate that is missing or not trusted.
+fn is_about_our_certificate(alert: AlertDescription) -> bool {
+    use AlertDescription as Alert;
+    let about = [
+        Alert::CertificateRequired,
+        Alert::BadCertificate,
+        Alert::UnsupportedCertificate,
+        Alert::CertificateRevoked,
+        Alert::CertificateExpired,
+        Alert::CertificateUnknown,
+        Alert::UnknownCA,
+        Alert::AccessDenied,
+    ];
+    about.contains(&alert)
 }
 
 fn late(place: &str, step: Step) -> String {

@@ -124,10 +124,84 @@ async fn a_server_without_tls_is_recognised() {
 async fn a_ca_file_without_a_certificate_is_refused_with_its_name() {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(b"nothing").unwrap();
-    let error = Dialer::new(DialOptions { ca_file: Some(file.path().to_owned()) }).unwrap_err();
+    let error = Dialer::new(DialOptions { ca_file: Some(file.path().to_owned()), ..DialOptions::default() })
+        .unwrap_err();
     assert!(error.to_string().contains(&file.path().display().to_string()), "{error}");
-    let missing = Dialer::new(DialOptions { ca_file: Some("/does/not/exist".into()) }).unwrap_err();
+    let missing =
+        Dialer::new(DialOptions { ca_file: Some("/does/not/exist".into()), ..DialOptions::default() })
+            .unwrap_err();
     assert!(missing.to_string().starts_with("cannot read the CA file /does/not/exist: "), "{missing}");
+}
+
+#[tokio::test]
+async fn a_server_that_insists_on_http2_is_recognised_and_reached_by_announcing_nothing() {
+    let mut rig = TlsRig::new("deployment.test");
+    rig.alpn = &["h2"];
+    let target = rig.target("deployment.test").await;
+    let error = rig.dialer().connect(&target, LIMIT).await.unwrap_err();
+    assert!(matches!(error, DialError::Tls { reason: TlsError::OnlyHttp2, .. }), "{error}");
+    let silent = Target { alpn: Alpn::Nothing, ..target };
+    let stream = rig.dialer().connect(&silent, LIMIT).await.unwrap();
+    let Stream::Tls(tls) = &stream else { panic!("plain") };
+    assert_eq!(tls.get_ref().1.alpn_protocol(), None);
+}
+
+#[tokio::test]
+async fn a_server_that_asks_is_shown_the_client_certificate_also_where_a_target_has_its_own_rules() {
+    let mut rig = TlsRig::new("deployment.test");
+    rig.asks_who_we_are = true;
+    let (_folder, files) = rig.client();
+    let dialer = Arc::new(rig.dialer_as(Some(files)));
+    let target = rig.target("deployment.test").await;
+    let renamed = Target { server_name: Some("deployment.test".to_owned()), ..rig.target("x.test").await };
+    let unverified = Target { verify: Verify::SkipForTests, ..target.clone() };
+    for target in [target, renamed, unverified] {
+        let mut stream = dialer.connect(&target, LIMIT).await.unwrap();
+        assert!(asked(&mut stream).await.unwrap().contains("X-You: known"));
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_misses_a_client_certificate_is_told_apart_with_what_to_set() {
+    const OLD: &[&rustls::SupportedProtocolVersion] = &[&rustls::version::TLS12];
+    const NEW: &[&rustls::SupportedProtocolVersion] = &[&rustls::version::TLS13];
+    for versions in [OLD, NEW] {
+        let mut rig = TlsRig::new("deployment.test");
+        (rig.asks_who_we_are, rig.versions) = (true, versions);
+        let stream = rig.dialer().connect(&rig.target("deployment.test").await, LIMIT).await;
+        let text = match stream {
+            Err(error) => error.to_string(),
+            Ok(mut stream) => {
+                TlsError::of_request(&asked(&mut stream).await.unwrap_err()).unwrap().to_string()
+            }
+        };
+        assert!(text.contains("client_cert_file"), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn a_client_certificate_of_no_use_is_refused_with_the_file_and_without_the_key() {
+    let rig = TlsRig::new("deployment.test");
+    let (folder, good) = rig.client();
+    let (_other, stranger) = rig.client();
+    let nothing = folder.path().join("nothing");
+    std::fs::write(&nothing, "-----BEGIN sesame-----\nsesame\n").unwrap();
+    for (certificate, key, words) in [
+        (&good.certificate, &stranger.key, "is not that of the first certificate in"),
+        (&good.certificate, &nothing, "has no private key"),
+        (&nothing, &good.key, "has no certificate"),
+        (&good.key, &good.key, "has no certificate"),
+        (&good.certificate, &folder.path().join("missing"), "cannot read"),
+    ] {
+        let client = Some(ClientCertificate { certificate: certificate.clone(), key: key.clone() });
+        let error = Dialer::new(DialOptions { client, ..DialOptions::default() }).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains(words), "{text}");
+        assert!(text.contains(&folder.path().display().to_string()), "{text}");
+        let key_text = std::fs::read_to_string(&good.key).unwrap();
+        let shown = format!("{text} {error:?}");
+        assert!(!shown.contains("sesame") && !shown.contains(key_text.lines().nth(1).unwrap()), "{shown}");
+    }
 }
 
 #[tokio::test]
@@ -239,6 +313,14 @@ async fn said_back(stream: &mut Stream) -> [u8; 5] {
     back
 }
 
+/// The answer to a small request.
+async fn asked(stream: &mut Stream) -> io::Result<String> {
+    stream.write_all(b"GET / HTTP/1.1\r\n\r\n").await?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await?;
+    Ok(answer)
+}
+
 async fn closed_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port()
 }
@@ -274,6 +356,9 @@ struct TlsRig {
     authority: CertifiedIssuer<'static, KeyPair>,
     params: CertificateParams,
     ca_file: tempfile::NamedTempFile,
+    alpn: &'static [&'static str],
+    versions: &'static [&'static rustls::SupportedProtocolVersion],
+    asks_who_we_are: bool,
 }
 
 impl TlsRig {
@@ -283,11 +368,51 @@ impl TlsRig {
         let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
         let mut ca_file = tempfile::NamedTempFile::new().unwrap();
         ca_file.write_all(authority.pem().as_bytes()).unwrap();
-        Self { authority, params: CertificateParams::new(vec![name.to_owned()]).unwrap(), ca_file }
+        Self {
+            authority,
+            params: CertificateParams::new(vec![name.to_owned()]).unwrap(),
+            ca_file,
+            alpn: &["h2", "http/1.1"],
+            versions: rustls::ALL_VERSIONS,
+            asks_who_we_are: false,
+        }
+    }
+
+    /// The two files of a client certificate of this authority.
+    fn client(&self) -> (tempfile::TempDir, ClientCertificate) {
+        let (folder, key) = (tempfile::tempdir().unwrap(), KeyPair::generate().unwrap());
+        let params = CertificateParams::new(vec!["client.test".to_owned()]).unwrap();
+        let certificate = params.signed_by(&key, &self.authority).unwrap();
+        let files = ClientCertificate {
+            certificate: folder.path().join("client.pem"),
+            key: folder.path().join("client-key.pem"),
+        };
+        std::fs::write(&files.certificate, certificate.pem()).unwrap();
+        std::fs::write(&files.key, key.serialize_pem()).unwrap();
+        (folder, files)
+    }
+
+    fn who_may_come(
+        &self,
+        builder: rustls::ConfigBuilder<ServerConfig, rustls::WantsVerifier>,
+        provider: Arc<rustls::crypto::CryptoProvider>,
+    ) -> rustls::ConfigBuilder<ServerConfig, rustls::server::WantsServerCert> {
+        if !self.asks_who_we_are {
+            return builder.with_no_client_auth();
+        }
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(self.authority.der().clone()).unwrap();
+        let verifier =
+            rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build();
+        builder.with_client_cert_verifier(verifier.unwrap())
     }
 
     fn dialer(&self) -> Dialer {
-        let options = DialOptions { ca_file: Some(self.ca_file.path().to_owned()) };
+        self.dialer_as(None)
+    }
+
+    fn dialer_as(&self, client: Option<ClientCertificate>) -> Dialer {
+        let options = DialOptions { ca_file: Some(self.ca_file.path().to_owned()), client };
         Dialer::with_proxies(&options, Proxies::all("")).unwrap()
     }
 
@@ -295,25 +420,36 @@ impl TlsRig {
         let key = KeyPair::generate().unwrap();
         let certificate = self.params.signed_by(&key, &self.authority).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let mut config = ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
+        let builder = ServerConfig::builder_with_provider(Arc::clone(&provider));
+        let builder = builder.with_protocol_versions(self.versions).unwrap();
+        let mut config = self
+            .who_may_come(builder, provider)
             .with_single_cert(
                 vec![certificate.der().clone()],
                 PrivateKeyDer::try_from(key.serialize_der()).unwrap(),
             )
             .unwrap();
-        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        config.alpn_protocols = self.alpn.iter().map(|it| it.as_bytes().to_vec()).collect();
         let acceptor = TlsAcceptor::from(Arc::new(config));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                if let Ok(mut stream) = acceptor.accept(stream).await {
-                    let mut rest = Vec::new();
-                    let _ = stream.read_to_end(&mut rest).await;
-                }
+                // The ends of those that are not let in are their own to notice.
+                let acceptor = acceptor.clone();
+                tokio::spawn(async move {
+                    let Ok(mut stream) = acceptor.accept(stream).await else { return };
+                    let mut head = Vec::new();
+                    while !head.ends_with(b"\r\n\r\n") {
+                        let Ok(byte) = stream.read_u8().await else { return };
+                        head.push(byte);
+                    }
+                    let is_known = stream.get_ref().1.peer_certificates().is_some();
+                    let answer = if is_known { "known" } else { "unknown" };
+                    let answer = format!("HTTP/1.1 200 OK\r\nConnection: close\r\nX-You: {answer}\r\n\r\n");
+                    let _ = stream.write_all(answer.as_bytes()).await;
+                    let _ = stream.shutdown().await;
+                });
             }
         });
         Target { ipv4: NodeAddress::Fixed(Ipv4Addr::LOCALHOST), ..https(host, port) }

@@ -9,7 +9,7 @@ use std::{
 use rustls::{
     ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
     client::{
-        WebPkiServerVerifier,
+        ResolvesClientCert, WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     },
     crypto::CryptoProvider,
@@ -18,7 +18,7 @@ use rustls::{
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use super::{Alpn, DialError, SetupError, Target, TlsError, Verify};
+use super::{Alpn, ClientCertificate, DialError, SetupError, Target, TlsError, Verify};
 
 /// See [`Alpn::Http1`].
 const ALPN: &[u8] = b"http/1.1";
@@ -28,24 +28,30 @@ pub(super) struct Tls {
     /// `None` where there is not a single root: nothing is trusted then.
     verifier: Option<Arc<WebPkiServerVerifier>>,
     strict: Arc<ClientConfig>,
+    /// Who we are, if we can say so.
+    client: Option<Arc<dyn ResolvesClientCert>>,
 }
 
 impl Tls {
-    pub(super) fn new(ca_file: Option<&Path>) -> Result<Self, SetupError> {
+    pub(super) fn new(
+        ca_file: Option<&Path>,
+        client: Option<&ClientCertificate>,
+    ) -> Result<Self, SetupError> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let client = client.map(|client| client.load(&provider)).transpose()?;
         let mut roots = system_roots();
         if let Some(path) = ca_file {
             add_file(&mut roots, path)?;
         }
         if roots.is_empty() {
             tracing::warn!("no certificates to trust were found on this system; https will not work");
-            let strict = config(&provider, |it| it.with_root_certificates(roots))?;
-            return Ok(Self { provider, verifier: None, strict });
+            let strict = config(&provider, client.as_ref(), |it| it.with_root_certificates(roots))?;
+            return Ok(Self { provider, verifier: None, strict, client });
         }
         let builder = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider));
         let verifier = builder.build()?;
-        let strict = config(&provider, |it| it.with_webpki_verifier(Arc::clone(&verifier)))?;
-        Ok(Self { provider, verifier: Some(verifier), strict })
+        let strict = config(&provider, client.as_ref(), |it| it.with_webpki_verifier(Arc::clone(&verifier)))?;
+        Ok(Self { provider, verifier: Some(verifier), strict, client })
     }
 
     /// Does the TLS handshake with a target over an established connection.
@@ -76,7 +82,9 @@ impl Tls {
             }
             (Verify::Yes, None, _) | (Verify::Yes, Some(_), None) => return Ok(Arc::clone(&self.strict)),
         };
-        let built = config(&self.provider, |it| it.dangerous().with_custom_certificate_verifier(verifier));
+        let built = config(&self.provider, self.client.as_ref(), |it| {
+            it.dangerous().with_custom_certificate_verifier(verifier)
+        });
         built.map_err(|error| TlsError::Other(error.to_string()))
     }
 }
@@ -86,11 +94,15 @@ type WantsClient = rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClie
 
 fn config(
     provider: &Arc<CryptoProvider>,
+    client: Option<&Arc<dyn ResolvesClientCert>>,
     verified: impl FnOnce(WantsVerifier) -> WantsClient,
 ) -> Result<Arc<ClientConfig>, rustls::Error> {
     let builder =
         ClientConfig::builder_with_provider(Arc::clone(provider)).with_safe_default_protocol_versions()?;
-    let mut config = verified(builder).with_no_client_auth();
+    let mut config = match client {
+        Some(client) => verified(builder).with_client_cert_resolver(Arc::clone(client)),
+        None => verified(builder).with_no_client_auth(),
+    };
     config.alpn_protocols = vec![ALPN.to_vec()];
     Ok(Arc::new(config))
 }

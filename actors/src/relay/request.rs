@@ -10,7 +10,7 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 use warren_core::relay_map::{Node, NodeAddress};
 
-use crate::dial::{Alpn, DialError, Scheme, Target, Verify};
+use crate::dial::{Alpn, DialError, Scheme, Target, TlsError, Verify};
 
 /// The most that a relay's response head may take.
 const MAX_HEAD: usize = 16 * 1024;
@@ -32,10 +32,18 @@ pub enum RequestError {
     Host(#[source] http::Error),
     /// The connection failed, or what came is not HTTP.
     #[error("the relay's answer is not HTTP: {0}")]
-    Http(#[from] hyper::Error),
+    Http(hyper::Error),
     /// It took too long.
     #[error("no answer within {} seconds", .0.as_secs())]
     Deadline(Duration),
+}
+
+impl From<hyper::Error> for RequestError {
+    fn from(error: hyper::Error) -> Self {
+        let refused = TlsError::of_request(&error);
+        let tls = |reason| DialError::Tls { host: "the relay".to_owned(), reason }.into();
+        refused.map_or(Self::Http(error), tls)
+    }
 }
 
 /// How a node is dialled.

@@ -1030,7 +1030,7 @@ fn net(boot: Arc<Boot>) -> Net {
 
 fn data_plane(identity: &Identity) -> DataPlane {
     static DIALER: LazyLock<Arc<Dialer>> =
-        LazyLock::new(|| Arc::new(Dialer::new(DialOptions { ca_file: None }).unwrap()));
+        LazyLock::new(|| Arc::new(Dialer::new(DialOptions::default()).unwrap()));
     DataPlane::start(DataPlaneConfig {
         node: identity.node.clone(),
         disco: identity.disco.clone(),
