@@ -102,6 +102,27 @@ fn a_map_without_the_home_region_moves_home_and_a_node_update_says_so() {
     assert!(!ping.status.success(), "its region is not in the map any more");
 }
 
+/// Conforms: control:H1 vpn:C1
+#[test]
+fn the_deployment_and_its_own_relay_see_the_token_once_in_each_request_and_other_relays_never() {
+    let world = World::up(LabOptions { further_regions: 1, ..spread(2) });
+    world.reaches(&world.agents());
+    let own = world.deployment.lab.url().trim_start_matches("http://").to_owned();
+    let mut seen = std::collections::BTreeSet::new();
+    for request in world.recording().requests {
+        let is_own = request.header("host").next() == Some(own.as_str());
+        let tokens = request.header("coder-session-token").count();
+        assert_eq!(tokens, usize::from(is_own), "{}", request.path);
+        seen.insert((request.path, is_own));
+    }
+    for path in ["/api/v2/users/me", "/api/v2/workspaceagents/connection", "/api/v2/tailnet"] {
+        assert!(seen.contains(&(path.to_owned(), true)), "{seen:?}");
+    }
+    for path in ["/derp", "/derp/latency-check"] {
+        assert!([true, false].iter().all(|is_own| seen.contains(&(path.to_owned(), *is_own))), "{seen:?}");
+    }
+}
+
 fn spread(agents: usize) -> LabOptions {
     LabOptions { agents, spread_agents: true, ..LabOptions::default() }
 }

@@ -9,6 +9,7 @@ use std::{
 };
 
 use serde::Deserialize;
+use warren_actors::dial::ClientCertificate;
 use warren_observability::logs::{Format, LogOptions};
 
 use crate::process::binary;
@@ -44,6 +45,10 @@ pub struct Config {
     pub extra_socket: Option<PathBuf>,
     /// Certificates to trust besides the system's.
     pub ca_file: Option<PathBuf>,
+    /// What is shown to servers that ask who this machine is.
+    pub client_certificate: Option<ClientCertificate>,
+    /// A program and its arguments that print more headers for the deployment, run before each start.
+    pub header_command: Option<Vec<String>>,
     /// The group that may talk to a system service.
     pub group: Option<String>,
     /// How log lines look, if the file says so.
@@ -64,6 +69,8 @@ impl Default for Config {
             allow_http_hosts: BTreeSet::new(),
             extra_socket: None,
             ca_file: None,
+            client_certificate: None,
+            header_command: None,
             group: None,
             log_format: None,
             log_filter: None,
@@ -114,6 +121,9 @@ struct File {
     allow_http_hosts: Vec<String>,
     extra_socket: Option<PathBuf>,
     ca_file: Option<PathBuf>,
+    client_cert_file: Option<PathBuf>,
+    client_key_file: Option<PathBuf>,
+    header_command: Option<Vec<String>>,
     group: Option<String>,
     log: Log,
     tunnel: Tunnel,
@@ -198,12 +208,38 @@ fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
         }
         allow_http_hosts.insert(host.to_ascii_lowercase());
     }
+    let client_cert = absolute("client_cert_file", file.client_cert_file)?;
+    let client_key = absolute("client_key_file", file.client_key_file)?;
+    let client_certificate = match (client_cert, client_key) {
+        (Some(certificate), Some(key)) => Some(ClientCertificate { certificate, key }),
+        (None, None) => None,
+        (Some(certificate), None) => {
+            let remedy = "needs its private key: set client_key_file too";
+            return Err(refused("client_cert_file", &certificate, remedy));
+        }
+        (None, Some(key)) => {
+            return Err(refused("client_key_file", &key, "needs its certificate: set client_cert_file too"));
+        }
+    };
+    if let Some(command) = &file.header_command {
+        let program = command.first().map(String::as_str).unwrap_or_default();
+        let is_program = Path::new(program).is_absolute() || (!program.is_empty() && !program.contains('/'));
+        let is_understood = is_program && command.iter().all(|it| !it.contains('\0'));
+        if !is_understood {
+            // Arguments may be secrets: only the program is told.
+            let remedy = "is no command: write the program's path from the root and its arguments, such as \
+                          [\"/usr/local/bin/headers\", \"--for\", \"coder\"]; there is no shell";
+            return Err(refused("header_command", &program, remedy));
+        }
+    }
     Ok(Config {
         metrics_listen,
         metrics_per_agent: file.metrics_per_agent,
         allow_http_hosts,
         extra_socket: absolute("extra_socket", file.extra_socket)?,
         ca_file: absolute("ca_file", file.ca_file)?,
+        client_certificate,
+        header_command: file.header_command,
         group: file.group,
         log_format,
         log_filter: file.log.filter,
@@ -262,7 +298,8 @@ mod tests {
     fn every_key_is_understood() {
         let config = parsed(
             "metrics_listen = \"[::1]:1\"\nmetrics_per_agent = true\nallow_http_hosts = [\"Dev.Example\"]\nextra_socket = \"/run/x.sock\"\n\
-             ca_file = \"/ca.pem\"\ngroup = \"g\"\n[log]\nformat = \"json\"\nfilter = \"debug\"\n\
+             ca_file = \"/ca.pem\"\nclient_cert_file = \"/c.pem\"\nclient_key_file = \"/k.pem\"\n\
+             header_command = [\"/bin/h\", \"a b\"]\ngroup = \"g\"\n[log]\nformat = \"json\"\nfilter = \"debug\"\n\
              [tunnel]\nbinary = \"/bin/tunnel\"\nversion = \"2.31.1\"\n",
         )
         .unwrap();
@@ -272,6 +309,11 @@ mod tests {
             allow_http_hosts: ["dev.example".to_owned()].into(),
             extra_socket: Some("/run/x.sock".into()),
             ca_file: Some("/ca.pem".into()),
+            client_certificate: Some(ClientCertificate {
+                certificate: "/c.pem".into(),
+                key: "/k.pem".into(),
+            }),
+            header_command: Some(vec!["/bin/h".into(), "a b".into()]),
             group: Some("g".into()),
             log_format: Some(Format::Json),
             log_filter: Some("debug".into()),
@@ -289,6 +331,12 @@ mod tests {
             ("metrics_liste = \"off\"", ["metrics_liste", "expected one of"]),
             ("allow_http_hosts = [\"http://x/\"]", ["allow_http_hosts", "without scheme"]),
             ("extra_socket = \"x.sock\"", ["extra_socket", "leading slash"]),
+            ("client_cert_file = \"/c\"", ["client_cert_file", "client_key_file"]),
+            ("client_key_file = \"/k\"", ["client_key_file", "client_cert_file"]),
+            ("client_key_file = \"k\"", ["client_key_file", "leading slash"]),
+            ("header_command = []", ["header_command", "no shell"]),
+            ("header_command = [\"./sh\", \"-c\"]", ["header_command", "from the root"]),
+            ("header_command = \"/bin/h\"", ["header_command", "sequence"]),
             ("[log]\nformat = \"xml\"", ["log.format", "text or json"]),
             ("[tunnel]\nversion = \"2.31\"", ["tunnel.version", "tunnel.binary"]),
             ("[tunnel]\nbinary = \"/t\"\nversion = \"new\"", ["tunnel.version", "2.31.1"]),

@@ -18,7 +18,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use warren_actors::runtime::{Address, Cell};
+use warren_actors::{
+    dial::ClientCertificate,
+    runtime::{Address, Cell},
+};
 use warren_proto::vpn::{self, status::Lifecycle};
 
 use crate::{
@@ -122,6 +125,8 @@ pub struct Options {
     pub agent_metrics: bool,
     /// Certificates to trust besides the system's.
     pub ca_file: Option<PathBuf>,
+    /// What the tunnel shows to servers that ask who we are.
+    pub client_certificate: Option<ClientCertificate>,
 }
 
 /// How the tunnel stands: the lifecycle of leg B, and what it cannot say.

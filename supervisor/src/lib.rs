@@ -7,6 +7,7 @@ pub mod child;
 pub mod clients;
 pub mod config;
 pub mod facts;
+pub(crate) mod headers;
 pub mod host;
 pub mod intent;
 pub mod link;

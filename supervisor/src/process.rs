@@ -41,6 +41,7 @@ pub mod binary;
 mod exit;
 pub mod hardening;
 mod log_ring;
+pub mod output;
 
 pub use exit::Exit;
 pub use log_ring::LogRing;

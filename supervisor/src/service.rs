@@ -31,7 +31,10 @@ use tokio::{
     runtime::Runtime,
     signal::unix::{SignalKind, signal},
 };
-use warren_actors::runtime::Address;
+use warren_actors::{
+    dial::{DialOptions, Dialer, SetupError},
+    runtime::Address,
+};
 use warren_observability::{
     exporter::{Exporter, Process},
     logs::{self, Format, LogError},
@@ -42,7 +45,7 @@ use crate::{
     api::Api,
     child::{ChildSpec, End, SupervisorSpec},
     clients::Clients,
-    config::{self, ConfigError},
+    config::{self, Config, ConfigError},
     facts::{Options, Service},
     host::Host,
     intent::Intent,
@@ -98,6 +101,9 @@ pub enum ServiceError {
     /// The configuration is of no use.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// Certificates or a key cannot be used.
+    #[error(transparent)]
+    Certificates(#[from] SetupError),
     /// There is no place for sockets or state.
     #[error(transparent)]
     Paths(#[from] PathError),
@@ -157,6 +163,7 @@ fn run(args: ServiceArgs) -> Result<u8, ServiceError> {
     for (what, error) in failed {
         tracing::warn!(what, %error, "a precaution could not be taken");
     }
+    check_certificates(&config)?;
     paths.prepare()?;
     let _lock = Lock::take(&paths.state_dir)?;
     let (group, mode) = (sockets::group(&paths, &config)?, paths.scope.socket_mode());
@@ -178,6 +185,7 @@ fn run(args: ServiceArgs) -> Result<u8, ServiceError> {
         log_filter: log_options.filter,
         agent_metrics: config.metrics_per_agent,
         ca_file: config.ca_file.clone(),
+        client_certificate: config.client_certificate.clone(),
     };
     let runtime = runtime()?;
     let spawner = Spawner::start(runtime.handle().clone())?;
@@ -190,6 +198,15 @@ fn run(args: ServiceArgs) -> Result<u8, ServiceError> {
         let _ = std::fs::remove_file(path);
     }
     status
+}
+
+/// The tunnel reads them at its start, out of sight: what is wrong with them is told now.
+fn check_certificates(config: &Config) -> Result<(), SetupError> {
+    let (ca_file, client) = (config.ca_file.clone(), config.client_certificate.clone());
+    if ca_file.is_some() || client.is_some() {
+        Dialer::new(DialOptions { ca_file, client })?;
+    }
+    Ok(())
 }
 
 fn runtime() -> io::Result<Runtime> {

@@ -27,7 +27,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use warren_actors::{
-    dial::{DialOptions, Dialer, SetupError},
+    dial::{ClientCertificate, DialOptions, Dialer, SetupError},
     facts::NetworkOwner,
     runtime::{Address, Cell},
     session::{Ended, LogSink, Memory, Session, SessionDeps, Stream},
@@ -92,6 +92,8 @@ pub struct TunnelArgs {
     pub agent_metrics: bool,
     /// Certificates to trust besides the system's.
     pub ca_file: Option<PathBuf>,
+    /// What is shown to servers that ask who we are.
+    pub client_certificate: Option<ClientCertificate>,
     /// What is logged, and how.
     pub logs: LogOptions,
     /// The program's version.
@@ -161,7 +163,8 @@ pub fn run(args: TunnelArgs) -> Result<ExitCode, TunnelError> {
     }
     let exporter = Exporter::install(Process::Tunnel, args.version)
         .map_err(|error| TunnelError::Metrics(error.to_string()))?;
-    let dialer = Arc::new(Dialer::new(DialOptions { ca_file: args.ca_file.clone() })?);
+    let (ca_file, client) = (args.ca_file.clone(), args.client_certificate.clone());
+    let dialer = Arc::new(Dialer::new(DialOptions { ca_file, client })?);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build()?;
     let outcome = runtime.block_on(async {
         let mut signals = Signals::listen()?;

@@ -38,6 +38,7 @@ use crate::{
 };
 
 mod death;
+mod header_command;
 mod launch;
 mod life;
 mod neighbours;

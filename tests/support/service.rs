@@ -18,7 +18,12 @@ pub(crate) struct ServiceProcess {
 impl ServiceProcess {
     /// Starts a service without a device, and waits until it listens.
     pub(crate) fn start() -> Self {
-        Self::begin(Command::new(WARREN), &["--no-tun"], "")
+        Self::start_with("")
+    }
+
+    /// Starts a service without a device and with this configuration, and waits until it listens.
+    pub(crate) fn start_with(config: &str) -> Self {
+        Self::begin(Command::new(WARREN), &["--no-tun"], config)
     }
 
     /// Starts a service with this configuration, and waits until it listens.

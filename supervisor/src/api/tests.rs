@@ -124,6 +124,7 @@ impl Bench {
             log_filter: "info".into(),
             agent_metrics: false,
             ca_file: None,
+            client_certificate: None,
         };
         let metrics = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = metrics.local_addr().unwrap();

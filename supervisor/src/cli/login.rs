@@ -9,7 +9,7 @@ use secrecy::SecretString;
 use url::Url;
 use warren_actors::{
     coordinator::http::ApiClient,
-    dial::{DialOptions, Dialer},
+    dial::{ClientCertificate, DialOptions, Dialer},
 };
 
 use super::{
@@ -38,6 +38,12 @@ pub(crate) struct Args {
     /// A file with certificates to trust besides the system's
     #[arg(long, value_name = "PEM")]
     ca_file: Option<PathBuf>,
+    /// A file with the certificate to show to a deployment that asks for one
+    #[arg(long, value_name = "PEM", requires = "client_key_file")]
+    client_cert_file: Option<PathBuf>,
+    /// The private key of that certificate
+    #[arg(long, value_name = "PEM", requires = "client_cert_file")]
+    client_key_file: Option<PathBuf>,
 }
 
 const LOGOUT_EXAMPLES: &str = "\
@@ -53,7 +59,9 @@ pub(crate) struct LogoutArgs {}
 pub(crate) async fn login(args: Args) -> Outcome {
     let url = parse_url(&args.url)?;
     let token = read_token(&url, args.token_file)?;
-    let dialer = Dialer::new(DialOptions { ca_file: args.ca_file }).map_err(CliError::failed)?;
+    let client = args.client_cert_file.zip(args.client_key_file);
+    let client = client.map(|(certificate, key)| ClientCertificate { certificate, key });
+    let dialer = Dialer::new(DialOptions { ca_file: args.ca_file, client }).map_err(CliError::failed)?;
     let client = ApiClient::new(dialer, url.clone(), Some(token.clone()), Vec::new());
     // Both at once; the first that fails ends the other, and is the one that is told.
     let asked = tokio::try_join!(client.current_user(), client.build_info());

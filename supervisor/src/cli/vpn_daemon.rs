@@ -11,7 +11,7 @@ use std::{
     process::ExitCode,
 };
 
-use warren_actors::facts::NetworkOwner;
+use warren_actors::{dial::ClientCertificate, facts::NetworkOwner};
 use warren_observability::logs::{Format, LogOptions};
 use warren_supervisor::tunnel::{self, TunnelArgs};
 
@@ -125,6 +125,8 @@ struct Flags {
     allow_faults: bool,
     agent_metrics: bool,
     ca_file: Option<PathBuf>,
+    client_cert_file: Option<PathBuf>,
+    client_key_file: Option<PathBuf>,
     format: Format,
     positional: Vec<String>,
 }
@@ -152,6 +154,14 @@ fn parse(arguments: &[String], variable: impl Fn(&str) -> Option<OsString>) -> R
         let (count, given) = (flags.positional.len(), flags.positional.join(" "));
         return Err(Refusal::command(COMMAND, format!("wanted no args but got {count} [{given}]")));
     }
+    let client_certificate = match (flags.client_cert_file, flags.client_key_file) {
+        (Some(certificate), Some(key)) => Some(ClientCertificate { certificate, key }),
+        (None, None) => None,
+        (Some(_), None) | (None, Some(_)) => {
+            let reason = "--client-cert-file and --client-key-file go together";
+            return Err(bad_flags(arguments, COMMAND, reason));
+        }
+    };
     let filter = variable("WARREN_LOG").filter(|filter| !filter.is_empty());
     let filter = filter.map_or("info".to_owned(), |filter| filter.to_string_lossy().into_owned());
     Ok(Order::Run(Box::new(TunnelArgs {
@@ -162,6 +172,7 @@ fn parse(arguments: &[String], variable: impl Fn(&str) -> Option<OsString>) -> R
         allow_faults: flags.allow_faults,
         agent_metrics: flags.agent_metrics,
         ca_file: flags.ca_file,
+        client_certificate,
         logs: LogOptions { format: flags.format, filter },
         version: super::VERSION,
     })))
@@ -220,6 +231,8 @@ fn flags(arguments: &[String]) -> Result<Flags, String> {
             "--allow-faults" => flags.allow_faults = switch(name, given)?,
             "--agent-metrics" => flags.agent_metrics = switch(name, given)?,
             "--ca-file" => flags.ca_file = Some(value()?.into()),
+            "--client-cert-file" => flags.client_cert_file = Some(value()?.into()),
+            "--client-key-file" => flags.client_key_file = Some(value()?.into()),
             "--log-format" => {
                 let value = value()?;
                 flags.format = value.parse().map_err(|error: String| invalid(name, value, error))?;
@@ -318,13 +331,17 @@ mod tests {
 
     #[test]
     fn hidden_flags_are_for_our_own_service() {
-        let line = "run --rpc-read-handle 3 --rpc-write-handle 4 --no-device --agent-metrics --ca-file /ca.pem --log-format=json";
+        let line = "run --rpc-read-handle 3 --rpc-write-handle 4 --no-device --agent-metrics --ca-file /ca.pem --client-cert-file /c --client-key-file /k --log-format=json";
         let args = run(line, &[("WARREN_LOG", "debug")]);
         assert_eq!(args.default_network, NetworkOwner::Nobody);
         assert!(args.agent_metrics);
         assert_eq!(args.ca_file, Some(PathBuf::from("/ca.pem")));
+        let files = ClientCertificate { certificate: "/c".into(), key: "/k".into() };
+        assert_eq!(args.client_certificate, Some(files));
         assert_eq!((args.logs.format, args.logs.filter.as_str()), (Format::Json, "debug"));
-        for word in ["no-device", "ca-file", "allow-faults", "agent-metrics", "LINK"] {
+        for word in
+            ["no-device", "ca-file", "client-cert", "client-key", "allow-faults", "agent-metrics", "LINK"]
+        {
             assert!(!HELP.contains(word), "{word}");
         }
     }
@@ -335,6 +352,10 @@ mod tests {
             |line: &str| format!("parsing flags ([vpn-daemon {line}]) for \"warren vpn-daemon run\": ");
         for (line, reason) in [
             ("run --rpc-read-handle", "flag needs an argument: --rpc-read-handle"),
+            (
+                "run --rpc-read-handle 3 --rpc-write-handle 4 --client-key-file /k",
+                "--client-cert-file and --client-key-file go together",
+            ),
             ("run -x", "unknown shorthand flag: 'x' in -x"),
             ("run --bogus=1", "unknown flag: --bogus"),
             (

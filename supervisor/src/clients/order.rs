@@ -5,12 +5,10 @@ use std::collections::BTreeSet;
 use url::{Host, Url};
 use warren_proto::vpn;
 
-use crate::intent::Order;
-
-/// Headers of one order.
-const MAX_HEADERS: usize = 64;
-/// Bytes of the longest text of an order.
-const MAX_TEXT: usize = 16 * 1024;
+use crate::{
+    headers::{self, MAX_HEADERS, MAX_TEXT, is_plain},
+    intent::Order,
+};
 
 /// The order of this user, or what is wrong with it, in words for a person.
 pub(super) fn order(
@@ -28,12 +26,7 @@ pub(super) fn order(
     if start.headers.len() > MAX_HEADERS {
         return Err(format!("there are {} extra headers; {MAX_HEADERS} are allowed", start.headers.len()));
     }
-    let headers = start.headers.into_iter().map(|header| {
-        let is_sound = !header.name.is_empty() && is_plain(&header.name) && is_plain(&header.value);
-        // The value may be a secret: only the name is told.
-        let malformed = || format!("the extra header {:?} is malformed, or too long", header.name);
-        if is_sound { Ok((header.name, header.value.into())) } else { Err(malformed()) }
-    });
+    let headers = start.headers.into_iter().map(|header| headers::checked(header.name, header.value));
     let headers = headers.collect::<Result<_, String>>()?;
     Ok(Order { url, token: start.api_token.into(), headers, owner })
 }
@@ -72,10 +65,6 @@ fn is_loopback(host: &Host<&str>) -> bool {
         Host::Ipv4(address) => address.is_loopback(),
         Host::Ipv6(address) => address.is_loopback(),
     }
-}
-
-fn is_plain(text: &str) -> bool {
-    text.len() <= MAX_TEXT && !text.contains(['\r', '\n', '\0'])
 }
 
 #[cfg(test)]

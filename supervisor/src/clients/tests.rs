@@ -79,6 +79,7 @@ fn service(folder: &Path) -> Arc<Service> {
         log_filter: "info".into(),
         agent_metrics: false,
         ca_file: None,
+        client_certificate: None,
     };
     let spawner = Spawner::start(tokio::runtime::Handle::current()).unwrap();
     Arc::new(Service::new(paths, Config::default(), options, spawner))

@@ -11,7 +11,7 @@ use std::{
 
 use secrecy::{ExposeSecret, SecretString};
 use tokio_util::sync::CancellationToken;
-use warren_actors::{runtime::CellWriter, speaker::Speaker};
+use warren_actors::{dial::ClientCertificate, runtime::CellWriter, speaker::Speaker};
 use warren_observability::names;
 use warren_proto::{
     header::Role,
@@ -20,7 +20,7 @@ use warren_proto::{
 
 use super::{
     death::{Death, Failure, Reason},
-    neighbours,
+    header_command, neighbours,
     running::{Greeted, Running, end_mute},
     telemetry,
 };
@@ -68,8 +68,10 @@ where
     F: Future<Output = ()> + Send,
 {
     /// Returns a tunnel that has answered its Start, or why there is none.
-    pub(super) async fn run(self) -> Result<Arc<Running>, Failure> {
+    pub(super) async fn run(mut self) -> Result<Arc<Running>, Failure> {
         self.unless_cancelled(self.look_at_program()).await?;
+        let ordered = Arc::clone(&self.order);
+        self.order = self.unless_cancelled(self.completed()).await?;
         let device = timed("device", self.unless_cancelled(self.device())).await?;
         let (process, pipes) = timed("spawn", self.unless_cancelled(self.spawn(device))).await?;
         (self.tell)(Step::Spawned(process.pid())).await;
@@ -81,11 +83,12 @@ where
                 return Err(failure);
             }
         };
-        let running = Arc::new(Running::new(greeted, Arc::clone(&self.order), peers, &self.service));
+        let secrets = self.order.secrets().cloned().collect();
+        let running = Arc::new(Running::new(greeted, Arc::clone(&ordered), secrets, peers, &self.service));
         (self.tell)(Step::Finalizing).await;
         match timed("start", self.unless_cancelled(self.start(&running))).await {
             Ok(()) => {
-                neighbours::remember(&self.service, &self.order).await;
+                neighbours::remember(&self.service, &ordered).await;
                 Ok(running)
             }
             Err(failure) => {
@@ -101,6 +104,15 @@ where
     ) -> Result<V, Failure> {
         let cancelled = || Failure::Later("the start was given up for another".to_owned());
         self.cancelled.run_until_cancelled(step).await.unwrap_or_else(|| Err(cancelled()))
+    }
+
+    /// The order with the headers of the configured command; what somebody ordered stays what it was.
+    async fn completed(&self) -> Result<Arc<Order>, Failure> {
+        let Some(command) = &self.service.config.header_command else { return Ok(Arc::clone(&self.order)) };
+        let completed = header_command::complete(&self.order, command, &self.service.spawner);
+        let completed =
+            async { completed.await.map(Arc::new).map_err(|error| Failure::Later(error.to_string())) };
+        timed("headers", completed).await
     }
 
     fn program(&self) -> Program {
@@ -175,6 +187,10 @@ where
         }
         if let Some(file) = &options.ca_file {
             arguments.extend(["--ca-file".into(), file.clone().into_os_string()]);
+        }
+        if let Some(ClientCertificate { certificate, key }) = &options.client_certificate {
+            arguments.extend(["--client-cert-file".into(), certificate.clone().into_os_string()]);
+            arguments.extend(["--client-key-file".into(), key.clone().into_os_string()]);
         }
         arguments
     }

@@ -14,6 +14,7 @@ use std::{
 };
 
 use futures::{FutureExt, future::BoxFuture};
+use secrecy::SecretString;
 use tokio::{sync::Semaphore, time::Instant};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use warren_actors::{
@@ -77,6 +78,7 @@ pub(super) type TunnelSpeaker = Speaker<ManagerMessage, TunnelMessage>;
 /// A tunnel process that speaks. With the last holder it is killed.
 pub struct Running {
     order: Arc<Order>,
+    secrets: Arc<[SecretString]>,
     process: Process,
     speaker: TunnelSpeaker,
     link: Option<LinkClient>,
@@ -104,10 +106,11 @@ pub(super) struct Greeted {
 }
 
 impl Running {
-    /// Starts to listen. `peers` goes back to its cell, empty, when the tunnel falls silent.
+    /// Starts to listen. No text of the tunnel is shown with one of `secrets`. `peers` goes back to its cell, empty, when the tunnel falls silent.
     pub(super) fn new(
         greeted: Greeted,
         order: Arc<Order>,
+        secrets: Arc<[SecretString]>,
         peers: CellWriter<Peers>,
         service: &Arc<Service>,
     ) -> Self {
@@ -115,14 +118,14 @@ impl Running {
         let (tasks, silent, has_started) = (Tasks::default(), CancellationToken::new(), Arc::default());
         let ear = Ear {
             speaker: speaker.clone(),
-            order: Arc::clone(&order),
+            secrets: Arc::clone(&secrets),
             service: Arc::clone(service),
             settings: Arc::new(Semaphore::new(MAX_SETTINGS)),
             has_started: Arc::clone(&has_started),
             book: Book { peers, _silent: silent.clone().drop_guard() },
         };
         tasks.spawn(ear.listen(inbox));
-        Self { order, process, speaker, link, silent, has_started, _tasks: tasks }
+        Self { order, secrets, process, speaker, link, silent, has_started, _tasks: tasks }
     }
 
     /// What it was started for.
@@ -152,7 +155,7 @@ impl Running {
 
     /// Asks the tunnel to start, and returns what it answered.
     pub(super) async fn start(&self, request: vpn::StartRequest) -> Result<vpn::StartResponse, CallError> {
-        let answer = start(&self.speaker, &self.order, request).await?;
+        let answer = start(&self.speaker, &self.secrets, request).await?;
         self.has_started.store(answer.success, Ordering::Release);
         Ok(answer)
     }
@@ -185,7 +188,7 @@ impl Running {
         match answer.map(|answer| answer.msg) {
             Ok(Some(tunnel_message::Msg::Stop(answer))) if answer.success => {}
             Ok(Some(tunnel_message::Msg::Stop(answer))) => {
-                let error = tame(&answer.error_message, &self.order);
+                let error = tame(&answer.error_message, &self.secrets);
                 tracing::warn!(%error, "the tunnel did not stop as it should");
             }
             Ok(_) => tracing::warn!("the tunnel gave an answer that does not fit a stop"),
@@ -196,13 +199,13 @@ impl Running {
 
 async fn start(
     speaker: &TunnelSpeaker,
-    order: &Order,
+    secrets: &[SecretString],
     request: vpn::StartRequest,
 ) -> Result<vpn::StartResponse, CallError> {
     let message = ManagerMessage { rpc: None, msg: Some(manager_message::Msg::Start(request)) };
     match speaker.request(message, START_LIMIT).await?.msg {
         Some(tunnel_message::Msg::Start(answer)) => {
-            Ok(vpn::StartResponse { error_message: tame(&answer.error_message, order), ..answer })
+            Ok(vpn::StartResponse { error_message: tame(&answer.error_message, secrets), ..answer })
         }
         _ => Ok(vpn::StartResponse {
             success: false,
@@ -245,7 +248,7 @@ impl Drop for Book {
 /// Listens to the tunnel.
 struct Ear {
     speaker: TunnelSpeaker,
-    order: Arc<Order>,
+    secrets: Arc<[SecretString]>,
     service: Arc<Service>,
     settings: Arc<Semaphore>,
     has_started: Arc<AtomicBool>,
@@ -353,7 +356,7 @@ impl Ear {
     fn log(&self, line: &vpn::Log) {
         let fields = line.fields.iter().map(|field| format!(" {}={}", field.name, field.value));
         let text = format!("{}{}", line.message, fields.collect::<String>());
-        let text = tame(&text, &self.order);
+        let text = tame(&text, &self.secrets);
         self.service.log.keep(&text);
         match line.level() {
             log::Level::Debug => tracing::debug!(target: "tunnel", "{text}"),
@@ -398,9 +401,9 @@ fn count_settings(is_done: bool, begun: Instant) {
 }
 
 /// What may be shown of a text of the tunnel: no secret, nothing that moves a cursor, and not endless.
-fn tame(text: &str, order: &Order) -> String {
+fn tame(text: &str, secrets: &[SecretString]) -> String {
     let is_shown = |symbol: &char| !symbol.is_control() || matches!(symbol, '\n' | '\t');
-    redact(text, order.secrets()).chars().filter(is_shown).take(MAX_TEXT).collect()
+    redact(text, secrets).chars().filter(is_shown).take(MAX_TEXT).collect()
 }
 
 #[cfg(test)]

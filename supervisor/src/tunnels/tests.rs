@@ -232,6 +232,7 @@ fn service(folder: &Path, program: std::path::PathBuf) -> Service {
         log_filter: "info".into(),
         agent_metrics: false,
         ca_file: None,
+        client_certificate: None,
     };
     let config = Config { tunnel_binary: Some(program), ..Config::default() };
     Service::new(paths, config, options, Spawner::start(Handle::current()).unwrap())

@@ -47,6 +47,21 @@ async fn a_deployment_that_is_too_old_is_told_from_any_of_its_answers() {
     assert!(silent.client(None, &[]).build_info().await.is_err(), "no version is none");
 }
 
+/// Conforms: vpn:15.12
+#[tokio::test]
+async fn an_upgrade_carries_the_token_once_and_each_header_once() {
+    let server = Server::answering("HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n").await;
+    let asked = crate::websocket::request_headers("k", None);
+    let client = server.client(Some("tok"), &[("X-Gate", "sesame"), ("Coder-Session-Token", "other")]);
+    client.upgrade("/x", "a=b", asked, LIMIT).await.unwrap();
+    let request = server.request.await.unwrap();
+    assert_eq!(values(&request, "coder-session-token"), ["tok"]);
+    assert_eq!(values(&request, "x-gate"), ["sesame"]);
+    for name in ["connection", "upgrade", "sec-websocket-key", "sec-websocket-version", "host"] {
+        assert_eq!(values(&request, name).len(), 1, "{name}");
+    }
+}
+
 #[tokio::test]
 async fn headers_of_the_connection_cannot_be_set_by_others() {
     let server = Server::answering(&ok(USER)).await;
