@@ -127,8 +127,15 @@ impl Refusal {
             StatusCode::INTERNAL_SERVER_ERROR if self.message == DATABASE => {
                 "the deployment has lost its database; its administrator has to look"
             }
+            StatusCode::PRECONDITION_REQUIRED => {
+                "an extra header asks for what only owners of the deployment may have; leave it out"
+            }
+            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => "the extra headers are too long or too many",
             status if status.is_server_error() => "the deployment is in trouble or restarting",
-            _ => return None,
+            status if status.is_success() => {
+                "the server does not answer as a deployment does; check the URL, and what is in front of it"
+            }
+            _ => "a gateway in front of the deployment may refuse; who runs it can say why",
         })
     }
 }

@@ -218,6 +218,29 @@ async fn a_proxy_is_asked_for_the_real_port_with_the_credentials_of_its_url() {
 }
 
 #[tokio::test]
+async fn a_proxy_that_wants_credentials_and_gets_none_says_where_to_put_them() {
+    let proxy =
+        FakeProxy::start("HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n").await;
+    let dialer = proxied(&format!("http://127.0.0.1:{}", proxy.port));
+    let error = dialer.connect(&https("deployment.test", 443), LIMIT).await.unwrap_err();
+    assert!(error.to_string().contains("put user and password into the proxy's URL"), "{error}");
+    let request = proxy.request.await.unwrap().to_ascii_lowercase();
+    assert!(!request.contains("proxy-authorization"), "{request}");
+}
+
+#[tokio::test]
+async fn a_proxy_is_not_followed_elsewhere_and_its_credentials_are_not_the_targets() {
+    let answer = "HTTP/1.1 302 Found\r\nLocation: http://sign-in.test/\r\ncontent-length: 0\r\n\r\n";
+    let proxy = FakeProxy::start(answer).await;
+    let dialer = proxied(&format!("http://user:sesame@127.0.0.1:{}", proxy.port));
+    let error = dialer.connect(&plain("deployment.test", 80), LIMIT).await.unwrap_err();
+    assert!(error.to_string().contains("302 Found; if it needs no proxy"), "{error}");
+    assert!(!format!("{error} {error:?} {dialer:?}").contains("sesame"));
+    let request = proxy.request.await.unwrap().to_ascii_lowercase();
+    assert!(!request.contains("\r\nauthorization"), "{request}");
+}
+
+#[tokio::test]
 async fn a_proxy_that_refuses_is_named_with_its_status_and_without_its_password() {
     let proxy =
         FakeProxy::start("HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n").await;

@@ -26,10 +26,49 @@ fn every_refusal_of_a_deployment_says_what_is_wrong_and_what_to_do() {
         (404, missing, "Route not found", "v2.18 or later"),
         (403, r#"{"message":"Forbidden."}"#, "Forbidden", "permission"),
         (503, r#"{"message":"x"}"#, "status code 503", "restarting"),
+        (502, "{}", "response has no message", "restarting"),
+        (504, "", "empty response body", "restarting"),
+        (407, "{}", "407", "a proxy wants to be authenticated to"),
+        (428, r#"{"message":"No."}"#, "No", "leave it out"),
+        (431, "{}", "431", "too long or too many"),
+        (418, "{}", "418", "a gateway in front"),
+        (204, "{}", "204", "check the URL"),
+        (200, "{}", "200", "does not switch to WebSocket"),
     ] {
         let text = json(status, body).to_string();
         assert!(text.starts_with(&format!("GET {URL}: unexpected status code {status}: ")), "{text}");
         assert!(text.contains(says) && text.contains(advises), "{text}");
+    }
+}
+
+#[test]
+fn each_way_in_which_versions_do_not_match_is_told_with_what_to_install() {
+    for detail in [
+        "server is at version 2.10, behind requested minor version 2.99",
+        "server is at version 2.10, behind requested major version 3.0",
+        "version 1.0 is no longer supported",
+        "invalid version string: x",
+    ] {
+        let body = serde_json::json!({
+            "message": "Unknown or unsupported API version",
+            "validations": [{ "field": "version", "detail": detail }],
+        });
+        let text = json(400, &body.to_string()).to_string();
+        assert!(text.contains(detail) && text.contains("install matching releases"), "{text}");
+    }
+}
+
+#[test]
+fn a_refused_websocket_handshake_is_told_with_the_servers_reason_though_it_is_no_json() {
+    let reason = "WebSocket protocol violation: Connection header \"close\" does not contain Upgrade";
+    let body = format!("{reason}\n{{\n\t\"message\": \"Failed to accept websocket.\"\n}}\n");
+    for (status, advises) in [
+        (426, "may not let WebSockets through"),
+        (400, "may have changed the request"),
+        (403, "a gateway in front of the deployment refuses"),
+    ] {
+        let text = answer(status, Some("text/plain; charset=utf-8"), body.as_bytes()).to_string();
+        assert!(text.contains(reason) && text.contains(advises), "{text}");
     }
 }
 
