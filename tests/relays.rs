@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use hyper::StatusCode;
 use support::{Deployment, ServiceProcess, eventually, stderr};
-use warren_lab::{AgentInfo, EMBEDDED_REGION, FIRST_FURTHER_REGION, LabOptions, Recording, Relay, Request};
+use warren_lab::{
+    AgentInfo, EMBEDDED_REGION, End, FIRST_FURTHER_REGION, LabOptions, Recording, Relay, Request,
+};
 use warren_proto::tailnet::Node;
 
 /// So far away that every other region is worthwhile.
@@ -91,15 +93,34 @@ fn a_map_without_the_home_region_moves_home_and_a_node_update_says_so() {
     world.reaches(&world.agents());
     eventually("the nearest is home", || world.home() == Some(EMBEDDED_REGION));
 
-    let mut map = world.deployment.control().relay_map();
+    let whole = world.deployment.control().relay_map();
+    let mut map = whole.clone();
     map.regions.remove(&EMBEDDED_REGION);
     world.deployment.control().set_relay_map(map);
 
     eventually("the other region is home", || world.home() == Some(FIRST_FURTHER_REGION));
     world.reaches(&world.agents_of(1));
-    let stale = &world.agents_of(0)[0];
-    let ping = world.service.warren(&["ping", &name(stale), "--count", "1"]);
+    let stale = world.agents_of(0);
+    let ping = world.service.warren(&["ping", &name(&stale[0]), "--count", "1"]);
     assert!(!ping.status.success(), "its region is not in the map any more");
+    world.deployment.control().set_relay_map(whole);
+    world.reaches(&stale);
+}
+
+/// Conforms: data:20.2.8
+#[test]
+fn an_agent_that_starts_anew_is_reached_under_its_new_keys_and_its_old_ones_are_forgotten() {
+    let world = World::up(LabOptions { agents: 1, ..LabOptions::default() });
+    world.reaches(&world.agents());
+    let (lab, id) = (&world.deployment.lab, world.agents()[0].id);
+    let old = lab.agent_key(id).unwrap();
+    world.deployment.runtime.block_on(async { lab.start_agent(id, End::Crash) });
+    eventually("it runs anew", || lab.agent_key(id).is_some_and(|key| key != old));
+    let answered = lab.agent_stats(id).disco_pings;
+    eventually("it answers anew", || lab.agent_stats(id).disco_pings > answered);
+    world.reaches(&world.agents());
+    let peers = || support::sum(&world.service.metrics(), "warren_peers", &[]);
+    eventually("one peer is left", || (peers() - 1.0).abs() < f64::EPSILON);
 }
 
 /// Conforms: control:H1 vpn:C1

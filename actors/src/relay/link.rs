@@ -594,6 +594,7 @@ mod tests {
         assert!(timeout(Duration::from_secs(600), both).await.is_err());
     }
 
+    /// Conforms: data:20.2.4
     #[tokio::test(start_paused = true)]
     async fn an_unused_link_is_not_asked_and_given_up_only_after_two_silent_minutes() {
         let link = link();

@@ -70,7 +70,9 @@ fn only_regions_with_a_relay_are_relay_regions() {
     assert_eq!(ids, [7, 999], "one has only STUN, another has no nodes");
 }
 
-/// tailnet-control 7.4, 12.8 D1.
+/// tailnet-control 7.4.
+///
+/// Conforms: control:D1
 #[test]
 fn embedded_relays_are_where_the_deployment_is_and_all_others_stay() {
     const ROWS: &[(&str, &str, u16, bool)] = &[

@@ -2,7 +2,10 @@
 
 use std::{
     net::Ipv6Addr,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use futures::{SinkExt, StreamExt};
@@ -58,6 +61,58 @@ async fn a_refused_upgrade_makes_a_websocket_at_once_which_carries_frames_both_w
     assert_eq!(relay.hear(0x07).await, [1]);
     relay.inject(&[0x12, 0, 0, 0, 8, 1, 2, 3, 4, 5, 6, 7, 8]);
     assert_eq!(relay.hear(0x13).await, [1, 2, 3, 4, 5, 6, 7, 8]);
+}
+
+/// Conforms: data:20.2.3
+#[tokio::test]
+async fn a_link_survives_what_a_newer_relay_may_say_and_follows_a_restart() {
+    let (mut relay, mut side) = (FakeRelay::start().await, Side::start());
+    // The key comes in one segment with the answer to the upgrade, and with bytes behind it.
+    relay.say_more_with_the_key(b"of the future");
+    side.plane.ensure_link(relay.target());
+    side.hear(LinkChange::Up).await;
+    relay.inject(&frame(0x33, b"unknown"));
+    relay.inject(&frame(0x14, b"too many connections"));
+    relay.inject(&frame(0x14, b""));
+    relay.inject(&[0x12, 0, 0, 0, 8, 1, 2, 3, 4, 5, 6, 7, 8]);
+    assert_eq!(relay.hear(0x13).await, [1, 2, 3, 4, 5, 6, 7, 8]);
+    assert!(matches!(side.info().state, RelayLink::Up { .. }));
+    assert_eq!(relay.asked(), ["DERP"]);
+    relay.inject(&frame(0x15, &[0, 0, 0, 1, 0, 0, 0, 1]));
+    side.hear(LinkChange::Down).await;
+    side.hear(LinkChange::Up).await;
+    assert_eq!(relay.asked(), ["DERP"]);
+}
+
+/// Conforms: data:20.2.4
+#[tokio::test]
+async fn a_relay_that_is_killed_in_the_middle_or_stalls_is_dialled_again_within_the_back_off() {
+    let (relay, mut side) = (FakeRelay::start().await, Side::start());
+    side.plane.ensure_link(relay.target());
+    side.hear(LinkChange::Up).await;
+    // In the middle of a frame.
+    relay.inject(&frame(0x05, &[7; 1000])[..500]);
+    relay.cut();
+    side.hear(LinkChange::Down).await;
+    let begun = std::time::Instant::now();
+    side.hear(LinkChange::Up).await;
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    // It accepts, and says nothing any more: a link that is asked finds out long before the watchdog.
+    relay.fall_silent(true);
+    // What is asked in the moment of the login counts as answered by it.
+    let plane = side.plane.clone();
+    let asking = async {
+        loop {
+            plane.probe_links();
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::select! {
+        () = side.hear(LinkChange::Down) => {}
+        () = asking => {}
+    }
+    relay.fall_silent(false);
+    side.hear(LinkChange::Up).await;
 }
 
 #[tokio::test]
@@ -272,6 +327,8 @@ struct Shared {
     key: NodePrivate,
     plain_refusal: Mutex<Option<&'static str>>,
     web_sockets: Mutex<WebSockets>,
+    more_with_the_key: Mutex<Vec<u8>>,
+    is_silent: AtomicBool,
     heads: Mutex<Vec<String>>,
     frames: mpsc::Sender<(u8, Vec<u8>)>,
     /// Bytes to send; none cuts the connection.
@@ -287,6 +344,8 @@ impl FakeRelay {
             key: NodePrivate::generate(),
             plain_refusal: Mutex::default(),
             web_sockets: Mutex::new(WebSockets::Served),
+            more_with_the_key: Mutex::default(),
+            is_silent: AtomicBool::new(false),
             heads: Mutex::default(),
             frames: sender,
             orders: broadcast::channel(100).0,
@@ -318,6 +377,15 @@ impl FakeRelay {
 
     fn web_socket(&self, how: WebSockets) {
         *self.shared.web_sockets.lock().unwrap() = how;
+    }
+
+    fn say_more_with_the_key(&self, bytes: &[u8]) {
+        *self.shared.more_with_the_key.lock().unwrap() = bytes.to_vec();
+    }
+
+    /// Answers no ping any more.
+    fn fall_silent(&self, is_silent: bool) {
+        self.shared.is_silent.store(is_silent, Ordering::Relaxed);
     }
 
     /// The heads of all requests.
@@ -369,8 +437,7 @@ impl Shared {
             return stream.write_all(answer.as_bytes()).await.ok();
         }
         let answer = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: DERP\r\nConnection: Upgrade\r\n\r\n";
-        stream.write_all(answer.as_bytes()).await.ok()?;
-        self.talk(stream).await
+        self.talk(stream, answer.as_bytes()).await
     }
 
     async fn serve_web_socket(&self, mut stream: TcpStream, head: &str) -> Option<()> {
@@ -391,16 +458,16 @@ impl Shared {
         let web_socket = WebSocketStream::from_raw_socket(stream, Role::Server, None).await;
         let (near, far) = tokio::io::duplex(64 * 1024);
         tokio::select! {
-            ended = self.talk(near) => ended,
+            ended = self.talk(near, b"") => ended,
             () = bridge(web_socket, far) => None,
         }
     }
 
-    async fn talk<S: AsyncRead + AsyncWrite + Unpin>(&self, mut stream: S) -> Option<()> {
-        stream
-            .write_all(&frame(1, &[b"DERP\xf0\x9f\x94\x91".as_slice(), &self.key.public().0].concat()))
-            .await
-            .ok()?;
+    /// Speaks as a relay, its key in one segment with what stands before it.
+    async fn talk<S: AsyncRead + AsyncWrite + Unpin>(&self, mut stream: S, before: &[u8]) -> Option<()> {
+        let more = self.more_with_the_key.lock().unwrap().clone();
+        let key = [b"DERP\xf0\x9f\x94\x91".as_slice(), &self.key.public().0, &more].concat();
+        stream.write_all(&[before, &frame(1, &key)].concat()).await.ok()?;
         let (_, body) = read_frame(&mut stream).await?;
         let shared = self.key.shared(&NodePublic::from_slice(body.get(..32)?)?);
         let mut orders = self.orders.subscribe();
@@ -409,7 +476,7 @@ impl Shared {
         let (pongs, mut answers) = mpsc::channel(10);
         let reading = async {
             while let Some((kind, body)) = read_frame(&mut read).await {
-                if kind == 0x12 {
+                if kind == 0x12 && !self.is_silent.load(Ordering::Relaxed) {
                     let _ = pongs.try_send(frame(0x13, &body));
                 }
                 let _ = self.frames.try_send((kind, body));
