@@ -7,7 +7,7 @@ use warren_lab::{Endpoint, HttpFault, Times};
 use warren_proto::tailnet::{CoordinateResponse, coordinate_response::PeerUpdate};
 
 use super::{
-    Mebibytes, Scene,
+    Scene,
     crook::{self, Prey},
     support::{LIMIT, eventually, within},
 };
@@ -167,23 +167,6 @@ fn a_hundred_thousand_agents_are_refused_by_number_and_the_others_stay() {
     });
     scene.is_whole_again();
     assert_eq!(scene.agents(), 1);
-}
-
-#[test]
-fn ten_thousand_agents_are_shown_and_gone_again_within_bounds() {
-    let scene = Scene::up(1);
-    let control = scene.deployment.control();
-    control.change_workspaces(|workspaces| {
-        let crowd = workspaces.0.values_mut().next().unwrap();
-        crowd.agents.extend((0..10_000).map(|number| (id(number), format!("crowd{number}"))));
-    });
-    eventually("all are shown", || scene.agents() == 10_001);
-    control.change_workspaces(|workspaces| {
-        let crowd = workspaces.0.values_mut().next().unwrap();
-        crowd.agents.retain(|_, name| !name.starts_with("crowd"));
-    });
-    eventually("the crowd is gone", || scene.agents() == 1);
-    scene.is_whole_again_within(Mebibytes(128), Mebibytes(128));
 }
 
 #[test]

@@ -134,32 +134,22 @@ impl Scene {
     /// Waits until the control connection stands and agents answer, and checks that nothing died meanwhile.
     #[track_caller]
     fn is_whole_again(&self) {
-        self.is_whole_again_within(SERVICE_CEILING, TUNNEL_CEILING);
-    }
-
-    #[track_caller]
-    fn is_whole_again_within(&self, service: Mebibytes, tunnel: Mebibytes) {
         eventually("the control connection stands", || {
             sum(&self.service.metrics(), "warren_control_connected", &[]) == 1.0
         });
         self.is_pinged_again();
-        self.has_stood_within(service, tunnel);
+        self.has_stood();
     }
 
     /// Checks that neither process died or took more than its share.
     #[track_caller]
     fn has_stood(&self) {
-        self.has_stood_within(SERVICE_CEILING, TUNNEL_CEILING);
-    }
-
-    #[track_caller]
-    fn has_stood_within(&self, service: Mebibytes, tunnel: Mebibytes) {
         assert_eq!(sum(&self.service.metrics(), "warren_tunnel_restarts_total", &[]), 0.0);
         let took = peak(self.service.pid());
-        assert!(took < service, "the service took {took:?}");
+        assert!(took < SERVICE_CEILING, "the service took {took:?}");
         if let Some(pid) = self.service.tunnel_pid() {
             let took = peak(pid);
-            assert!(took < tunnel, "the tunnel took {took:?}");
+            assert!(took < TUNNEL_CEILING, "the tunnel took {took:?}");
         }
     }
 }
