@@ -1,0 +1,18 @@
+//! Peers that we did not write, on the wire: where both ends are ours, a mistake that both make is invisible.
+//!
+//! * [`program`]: the libraries that deployments are made of (drpc, yamux, websocket, DERP, disco), in one Go
+//!   program that plays control plane, control client, relay and agent. Its source is in `peer/`.
+//!
+//! What is not installed is skipped, with a line that says so.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+
+mod control;
+mod deployment;
+#[allow(dead_code, unused_imports, reason = "each test target uses its own part of it")]
+#[path = "../doubles/mod.rs"]
+mod doubles;
+mod probes;
+mod program;
+mod relay;
+#[path = "../support/mod.rs"]
+mod support;

@@ -1,0 +1,165 @@
+//! The Go program as a process: orders go in and events come out, one JSON object a line.
+
+use std::{
+    io::{BufRead, BufReader, Write},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Output, Stdio},
+    sync::{
+        OnceLock,
+        mpsc::{self, Receiver, RecvTimeoutError},
+    },
+    thread,
+    time::Instant,
+};
+
+use serde_json::Value;
+
+use crate::support::{LIMIT, skipped};
+
+/// Our schema, which the program compiles itself.
+pub(crate) const SCHEMA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/proto/schema/tailnet.proto");
+
+const SOURCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/foreign/peer");
+
+/// Events that wait for the test; beyond that the program waits.
+const QUEUE: usize = 4096;
+
+/// Whether the program can be had; says so loudly where it cannot.
+pub(crate) fn has_program(what: &str) -> bool {
+    match build() {
+        Ok(_) => true,
+        Err(why) => {
+            skipped(what, why);
+            false
+        }
+    }
+}
+
+/// Builds the program, once. The error is why that is not possible here; a program that does not compile is
+/// a failure instead.
+fn build() -> Result<&'static Path, &'static str> {
+    static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let build = || {
+        // What cannot be fetched is a matter of this machine, what does not compile afterwards is ours.
+        let fetched = go(&["mod", "download"]).map_err(|error| format!("go is missing: {error}"))?;
+        if !fetched.status.success() {
+            let why = String::from_utf8_lossy(&fetched.stderr).trim().replace('\n', "; ");
+            return Err(format!("the Go modules cannot be had: {why}"));
+        }
+        let program = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("foreign").join("peer");
+        let built = go(&["build", "-o", program.to_str().unwrap(), "."]).unwrap();
+        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        Ok(program)
+    };
+    BUILT.get_or_init(build).as_ref().map(PathBuf::as_path).map_err(String::as_str)
+}
+
+fn go(arguments: &[&str]) -> std::io::Result<Output> {
+    Command::new("go").args(arguments).current_dir(SOURCE).output()
+}
+
+/// One role of the program.
+pub(crate) struct Program {
+    child: Child,
+    orders: Option<ChildStdin>,
+    heard: Receiver<Value>,
+    /// What was heard and not asked for yet.
+    unseen: Vec<Value>,
+    /// What it said first: its addresses and keys, or why it failed.
+    pub(crate) ready: Value,
+}
+
+impl Program {
+    /// Starts a role and waits until it is ready.
+    pub(crate) fn start(role: &str, arguments: &[&str]) -> Self {
+        let program = Self::begin(role, arguments);
+        assert_eq!(program.ready["event"], "ready", "{role}: {}", program.ready);
+        program
+    }
+
+    /// Starts a role that cannot become ready. Returns why.
+    pub(crate) fn refused(role: &str, arguments: &[&str]) -> String {
+        let program = Self::begin(role, arguments);
+        assert_eq!(program.ready["event"], "failed", "{role}: {}", program.ready);
+        program.ready["error"].as_str().unwrap().to_owned()
+    }
+
+    fn begin(role: &str, arguments: &[&str]) -> Self {
+        let mut child = Command::new(build().unwrap())
+            .arg(role)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let (orders, output) = (child.stdin.take(), child.stdout.take().unwrap());
+        let (tell, heard) = mpsc::sync_channel(QUEUE);
+        thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                if tell.send(serde_json::from_str(&line).unwrap_or(Value::String(line))).is_err() {
+                    return;
+                }
+            }
+        });
+        let mut program = Self { child, orders, heard, unseen: Vec::new(), ready: Value::Null };
+        program.ready = program.wait(|event| event["event"] == "ready" || event["event"] == "failed");
+        program
+    }
+
+    /// A text that it was ready with.
+    pub(crate) fn said(&self, key: &str) -> &str {
+        self.ready[key].as_str().unwrap()
+    }
+
+    /// Gives an order.
+    pub(crate) fn order(&mut self, order: Value) {
+        let orders = self.orders.as_mut().unwrap();
+        writeln!(orders, "{order}").unwrap_or_else(|error| panic!("{error}: {order}: {:#?}", self.unseen));
+    }
+
+    /// Waits for an event that nobody has waited for yet; others stay for later.
+    pub(crate) fn wait(&mut self, accept: impl Fn(&Value) -> bool) -> Value {
+        if let Some(at) = self.unseen.iter().position(&accept) {
+            return self.unseen.remove(at);
+        }
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            match self.heard.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(event) if accept(&event) => return event,
+                Ok(event) => self.unseen.push(event),
+                Err(RecvTimeoutError::Timeout) => panic!("waited in vain; it said: {:#?}", self.unseen),
+                Err(RecvTimeoutError::Disconnected) => panic!("it has ended; it said: {:#?}", self.unseen),
+            }
+        }
+    }
+
+    /// Waits for an event of a kind.
+    pub(crate) fn event(&mut self, kind: &str) -> Value {
+        self.wait(|event| event["event"] == kind)
+    }
+
+    /// Waits for a message of a call that holds something, given as a JSON pointer. Returns the message.
+    pub(crate) fn message(&mut self, rpc: &str, pointer: &str) -> Value {
+        let mut event = self.wait(|event| {
+            let is_of = event["event"] == "message" && event["rpc"] == rpc;
+            is_of && event["message"].pointer(pointer).is_some()
+        });
+        event["message"].take()
+    }
+
+    /// Forgets what was heard so far.
+    pub(crate) fn forget(&mut self) {
+        self.unseen.clear();
+        while self.heard.try_recv().is_ok() {}
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // It ends when nobody orders any more; a kill is for one that hangs.
+        drop(self.orders.take());
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
