@@ -120,6 +120,11 @@ impl Manager {
         self.stderr.lock().unwrap().clone()
     }
 
+    /// The device that it gave the tunnel, which carries bare packets.
+    pub(crate) fn device(&self) -> Option<&UnixDatagram> {
+        self.device.as_ref()
+    }
+
     /// Sends a request. Returns its id.
     pub(crate) fn ask(&mut self, order: Order) -> u64 {
         let id = self.peer.next_id();

@@ -2,6 +2,7 @@
 //!
 //! * [`program`]: the libraries that deployments are made of (drpc, yamux, websocket, DERP, disco), in one Go
 //!   program that plays control plane, control client, relay and agent. Its source is in `peer/`.
+//! * [`wireguard`]: `wireguard-go` as a distribution packages it.
 //!
 //! What is not installed is skipped, with a line that says so.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
@@ -16,3 +17,4 @@ mod program;
 mod relay;
 #[path = "../support/mod.rs"]
 mod support;
+mod wireguard;
