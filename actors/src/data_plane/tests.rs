@@ -20,6 +20,7 @@ const REGION: RegionId = RegionId(999);
 /// An IPv6 header, a type, 8 bytes of the ping, a port.
 const TSMP_PONG: u64 = 40 + 1 + 8 + 2;
 
+/// Conforms: data:20.2.1
 #[tokio::test]
 async fn two_peers_shake_hands_at_once_and_talk_both_ways() {
     let world = World::new().await;
@@ -34,6 +35,38 @@ async fn two_peers_shake_hands_at_once_and_talk_both_ways() {
     let stats = a.plane.stats()[&b.key];
     assert!(stats.last_handshake.is_some());
     assert_eq!((stats.sent_bytes, stats.received_bytes), (100, 1280));
+}
+
+/// In real time: WireGuard's own clock renews keys after 120 s. What a loaded machine adds is what a sleep
+/// takes too long.
+///
+/// Conforms: data:20.2.10
+#[tokio::test]
+async fn keys_are_renewed_after_two_minutes_without_a_stall_in_either_direction() {
+    const RENEWED: Duration = Duration::from_secs(120);
+    const TICK: Duration = Duration::from_millis(20);
+    let world = World::new().await;
+    let (mut a, mut b) = (world.side(1), world.side(2));
+    world.join(&a, &b);
+    a.hear_handshake().await;
+    b.hear_handshake().await;
+    let handshake = |a: &Side, b: &Side| a.plane.stats()[&b.key].last_handshake.unwrap();
+    let (first, begun) = (handshake(&a, &b), Instant::now());
+    let (mut longest, mut overslept) = (Duration::ZERO, Duration::ZERO);
+    while begun.elapsed() < RENEWED + Duration::from_secs(8) {
+        let sent = Instant::now();
+        a.device.send(&packet(&a, &b, 500)).await.unwrap();
+        assert_eq!(b.read_packet().await, packet(&a, &b, 500));
+        b.device.send(&packet(&b, &a, 900)).await.unwrap();
+        assert_eq!(a.read_packet().await, packet(&b, &a, 900));
+        longest = longest.max(sent.elapsed());
+        let slept = Instant::now();
+        tokio::time::sleep(TICK).await;
+        overslept = overslept.max(slept.elapsed().saturating_sub(TICK));
+    }
+    let renewed = handshake(&a, &b).duration_since(first).unwrap();
+    assert!(renewed >= RENEWED - Duration::from_secs(1), "keys were renewed after {renewed:?}");
+    assert!(longest < Duration::from_secs(1) + 4 * overslept, "{longest:?} and {overslept:?}");
 }
 
 #[tokio::test]
@@ -233,6 +266,7 @@ async fn a_packet_that_is_not_from_the_peers_or_not_to_our_address_is_dropped() 
     assert_eq!(b.read_packet().await, packet(&a, &b, 101));
 }
 
+/// Conforms: data:20.2.1
 #[tokio::test]
 async fn without_a_device_echo_and_tsmp_are_answered_by_the_data_plane() {
     let world = World::new().await;

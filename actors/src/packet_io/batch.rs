@@ -734,6 +734,7 @@ mod tests {
         assert_eq!(split_all(&plan(&packets)), packets);
     }
 
+    /// Conforms: data:20.2.12
     #[test]
     fn a_refused_superpacket_falls_back_to_its_packets() {
         let packets: Vec<_> = (0..5).map(|index| segment(1, index * 600, 600, ACK)).collect();
@@ -849,6 +850,7 @@ mod tests {
             prop_assert_eq!(total, packets.iter().map(Vec::len).sum::<usize>());
         }
 
+        /// Conforms: data:20.2.12
         #[test]
         fn splitting_what_was_coalesced_gives_back_every_flow(shapes in prop::collection::vec(shape(), 1..60)) {
             let mut sequences = [0u32; 3];

@@ -380,6 +380,8 @@ mod tests {
 
     /// In a network namespace of its own: the kernel takes a superpacket that we made of two segments, and
     /// answers with a packet whose checksum it leaves to us.
+    ///
+    /// Conforms: data:20.2.12
     #[test]
     fn the_kernel_takes_our_superpackets_and_we_finish_its_checksums() {
         let Some(tun) = thread::spawn(device_in_namespace).join().unwrap() else {

@@ -336,6 +336,27 @@ mod tests {
         assert!(text.contains("never"), "{text}");
     }
 
+    /// Conforms: control:P16
+    #[test]
+    fn path_region_and_last_handshake_of_an_agent_are_shown() {
+        let mut view = view(Lifecycle::Started, "");
+        let agent = &mut view.status.peer_update.as_mut().unwrap().upserted_agents[0];
+        agent.last_handshake = Some(prost_types::Timestamp { seconds: 1_000, nanos: 0 });
+        agent.last_ping = Some(vpn::LastPing {
+            latency: Some(prost_types::Duration { seconds: 0, nanos: 12_500_000 }),
+            preferred_derp: "Helsinki".to_owned(),
+            ..Default::default()
+        });
+        let text = view.text(SystemTime::UNIX_EPOCH + Duration::from_secs(1_007));
+        assert!(
+            text.contains("12.5 ms") && text.contains("relay Helsinki") && text.contains("7 s ago"),
+            "{text}"
+        );
+        let json = &view.json()["agents"][0];
+        assert_eq!((&json["region"], &json["p2p"]), (&json!("Helsinki"), &json!(false)));
+        assert_eq!(json["last_handshake_seconds"], 1_000);
+    }
+
     #[test]
     fn what_the_tunnel_does_not_have_is_said_while_it_runs() {
         let mut view = view(Lifecycle::Started, "");

@@ -161,6 +161,7 @@ fn every_other_field_of_a_region_or_node_is_a_difference() {
 }
 
 /// tailnet-control 12.8 D3.
+/// Conforms: control:D3
 #[test]
 fn a_region_is_called_by_its_name_or_unnamed_with_its_number() {
     let map = map();

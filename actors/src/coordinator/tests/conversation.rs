@@ -42,7 +42,7 @@ async fn a_destination_of_before_is_asked_for_and_at_the_end_we_leave_wait_and_l
 
 /// Every workspace is asked for by the one call that there is for it; telemetry is posted by nobody.
 ///
-/// Conforms: vpn:C3 vpn:C6 control:H5 control:H11
+/// Conforms: vpn:C3 vpn:C6 control:H5 control:H11 control:L10 control:L19 control:D12
 #[tokio::test]
 async fn our_own_workspaces_are_asked_for_once_and_every_stream_is_closed_once() {
     let mut rig = Rig::started().await;

@@ -87,6 +87,7 @@ async fn parts_that_cannot_start_fail_the_start_with_the_reason_and_the_next_sta
 }
 
 /// Conforms: control:N12
+/// Conforms: control:P14
 #[tokio::test]
 async fn each_boot_has_keys_and_an_address_of_its_own_and_lets_go_of_the_device() {
     let rig = Rig::new().await;
