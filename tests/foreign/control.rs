@@ -5,7 +5,7 @@ use warren_lab::Ended;
 use warren_proto::vpn::tunnel_message::Msg;
 
 use crate::{
-    deployment::{REGION, RESUME_TOKEN, Theirs, bytes, has_ping},
+    deployment::{REGION, RESUME_TOKEN, Shape, Theirs, bytes, has_ping},
     doubles::Make,
     program::{Program, SCHEMA, has_program},
     support::{Deployment, LIMIT},
@@ -19,7 +19,7 @@ mod our_client {
         if !has_program("our client at their control plane") {
             return;
         }
-        let mut theirs = Theirs::start(0);
+        let mut theirs = Theirs::start(Shape::default());
         let manager = theirs.join(Make::Service);
         let dialled = theirs.control.wait(|event| event["path"] == "/api/v2/tailnet");
         assert_eq!(dialled["query"], json!({"version": ["2.3"]}));
@@ -44,7 +44,7 @@ mod our_client {
         if !has_program("latencies at their control plane") {
             return;
         }
-        let mut theirs = Theirs::start(0);
+        let mut theirs = Theirs::start(Shape::default());
         let _manager = theirs.join(Make::Service);
         theirs.introduce();
         let name = format!("{REGION}-v4");
@@ -63,7 +63,7 @@ mod our_client {
         }
         // Some 400 KiB: seven frames of DRPC, and more than one window of yamux.
         const MORE: usize = 12_000;
-        let mut theirs = Theirs::start(MORE);
+        let mut theirs = Theirs::start(Shape { more_workspaces: MORE, ..Shape::default() });
         let mut manager = theirs.join(Make::Service);
         theirs.introduce();
         manager.wait_for(has_ping);
@@ -80,7 +80,7 @@ mod our_client {
         if !has_program("pings of their control plane") {
             return;
         }
-        let mut theirs = Theirs::start(0);
+        let mut theirs = Theirs::start(Shape::default());
         let _manager = theirs.join(Make::Service);
         theirs.introduce();
         theirs.control.order(json!({"order": "ping"}));
@@ -93,7 +93,7 @@ mod our_client {
         if !has_program("a reconnect at their control plane") {
             return;
         }
-        let mut theirs = Theirs::start(0);
+        let mut theirs = Theirs::start(Shape::default());
         let mut manager = theirs.join(Make::Service);
         let first = theirs.introduce();
         for end in [json!({"order": "drop"}), json!({"order": "close", "code": 1001, "text": "going away"})] {
@@ -116,7 +116,7 @@ mod our_client {
         if !has_program("their control plane without resume tokens") {
             return;
         }
-        let mut theirs = Theirs::start(0);
+        let mut theirs = Theirs::start(Shape::default());
         theirs.control.order(
             json!({"order": "fail", "rpc": "RefreshResumeToken", "code": 12, "text": "Unimplemented"}),
         );

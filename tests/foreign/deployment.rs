@@ -36,6 +36,17 @@ pub(crate) struct Theirs {
     _folder: TempDir,
 }
 
+/// What a deployment of theirs is to be like.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Shape {
+    /// So many workspaces are listed besides the agent's, without agents.
+    pub(crate) more_workspaces: usize,
+    /// Clients are told to reach relays by websocket only.
+    pub(crate) forces_websockets: bool,
+    /// Something before the relay takes plain upgrades out of requests.
+    pub(crate) strips_upgrades: bool,
+}
+
 /// How our tunnel made itself known.
 #[derive(Debug, Clone)]
 pub(crate) struct Introduced {
@@ -48,18 +59,20 @@ pub(crate) struct Introduced {
 }
 
 impl Theirs {
-    /// Starts one whose snapshot lists further workspaces, which have no agents.
-    pub(crate) fn start(more_workspaces: usize) -> Self {
-        let relay = Program::start("relay", &[]);
-        let agent = agent_at(&relay, &[]);
-        Self::around(relay, agent, random_id(), more_workspaces)
+    /// Starts one.
+    pub(crate) fn start(shape: Shape) -> Self {
+        let strip: &[&str] = if shape.strips_upgrades { &["--strip"] } else { &[] };
+        let relay = Program::start("relay", strip);
+        let websocket: &[&str] = if shape.strips_upgrades { &["--websocket"] } else { &[] };
+        let agent = agent_at(&relay, websocket);
+        Self::around(relay, agent, random_id(), shape)
     }
 
     /// Starts one around a relay and an agent.
-    pub(crate) fn around(relay: Program, agent: Program, agent_id: Uuid, more_workspaces: usize) -> Self {
+    pub(crate) fn around(relay: Program, agent: Program, agent_id: Uuid, shape: Shape) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let plan = folder.path().join("plan.json");
-        fs::write(&plan, plan_of(&relay, agent_id, more_workspaces).to_string()).unwrap();
+        fs::write(&plan, plan_of(&relay, agent_id, shape).to_string()).unwrap();
         let control = start_control(&plan);
         Self { control, relay, agent, agent_id, _folder: folder }
     }
@@ -149,10 +162,10 @@ fn start_control(plan: &Path) -> Program {
     Program::start("control", &["--schema", SCHEMA, "--plan", plan.to_str().unwrap()])
 }
 
-fn plan_of(relay: &Program, agent: Uuid, more_workspaces: usize) -> Value {
+fn plan_of(relay: &Program, agent: Uuid, shape: Shape) -> Value {
     let workspace = random_id();
     let first = json!({"id": bytes(workspace.as_bytes()), "name": "dev", "status": "RUNNING"});
-    let more = (0..more_workspaces).map(|number| {
+    let more = (0..shape.more_workspaces).map(|number| {
         let id = Uuid::from_u128(number as u128);
         json!({"id": bytes(id.as_bytes()), "name": format!("w{number}"), "status": "STOPPED"})
     });
@@ -163,7 +176,7 @@ fn plan_of(relay: &Program, agent: Uuid, more_workspaces: usize) -> Value {
         "token": TOKEN,
         "user": {"id": Uuid::from_u128(7), "username": "alice"},
         "connection": {
-            "derp_map": json_map_of(relay), "derp_force_websockets": false,
+            "derp_map": json_map_of(relay), "derp_force_websockets": shape.forces_websockets,
             "disable_direct_connections": false, "hostname_suffix": "coder",
         },
         "derp_map": map_of(relay),

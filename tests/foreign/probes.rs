@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use warren_proto::disco;
 
 use crate::{
-    deployment::{REGION, Theirs, bytes, has_ping, unbytes},
+    deployment::{REGION, Shape, Theirs, bytes, has_ping, unbytes},
     doubles::Make,
     program::{Program, SCHEMA, has_program},
     support::Deployment,
@@ -28,7 +28,7 @@ fn our_tunnel_and_their_agent_answer_each_other_over_their_relay() {
     if !has_program("probes between our tunnel and their agent") {
         return;
     }
-    let mut theirs = Theirs::start(0);
+    let mut theirs = Theirs::start(Shape::default());
     let mut manager = theirs.join(Make::Service);
     let known = theirs.introduce();
 
@@ -54,7 +54,7 @@ fn our_tunnel_takes_their_calls_for_direct_paths_and_goes_on() {
     if !has_program("calls of their agent") {
         return;
     }
-    let mut theirs = Theirs::start(0);
+    let mut theirs = Theirs::start(Shape::default());
     let _manager = theirs.join(Make::Service);
     let known = theirs.introduce();
     theirs.agent.event("ping");

@@ -47,7 +47,9 @@ fn build() -> Result<&'static Path, &'static str> {
             return Err(format!("the Go modules cannot be had: {why}"));
         }
         let program = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("foreign").join("peer");
-        let built = go(&["build", "-o", program.to_str().unwrap(), "."]).unwrap();
+        // The tag lets its client reach relays by websocket, which otherwise only browsers do.
+        let built =
+            go(&["build", "-tags", "ts_debug_websockets", "-o", program.to_str().unwrap(), "."]).unwrap();
         assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
         Ok(program)
     };

@@ -14,6 +14,7 @@ import (
 	"tailscale.com/derp"
 	"tailscale.com/derp/derphttp"
 	"tailscale.com/disco"
+	"tailscale.com/envknob"
 	"tailscale.com/net/netmon"
 	"tailscale.com/types/key"
 )
@@ -45,8 +46,13 @@ func node(arguments []string) (event, func(order) error, error) {
 	url := flags.String("relay", "", "URL of the relay, with /derp")
 	region := flags.Uint("region", 999, "number of the relay's region")
 	private := flags.String("private", "", "the node key to have, 64 hexadecimal digits; a new one if empty")
+	byWebsocket := flags.Bool("websocket", false, "reach the relay by websocket")
 	if err := flags.Parse(arguments); err != nil {
 		return nil, nil, err
+	}
+	if *byWebsocket {
+		// Only a build with the tag ts_debug_websockets looks at it.
+		envknob.Setenv("TS_DEBUG_DERP_WS_CLIENT", "true")
 	}
 	n := &relayNode{
 		private: key.NewNode(),

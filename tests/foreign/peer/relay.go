@@ -4,6 +4,7 @@ import (
 	"flag"
 	"fmt"
 	"net/http"
+	"strings"
 
 	"tailscale.com/derp/derpserver"
 	"tailscale.com/types/key"
@@ -11,7 +12,9 @@ import (
 
 // Relay is a DERP server over HTTP, plain upgrade and websocket.
 func relay(arguments []string) (event, func(order) error, error) {
-	if err := flag.NewFlagSet("relay", flag.ContinueOnError).Parse(arguments); err != nil {
+	flags := flag.NewFlagSet("relay", flag.ContinueOnError)
+	strip := flags.Bool("strip", false, "take `Upgrade: DERP` out of requests, as some proxies do")
+	if err := flags.Parse(arguments); err != nil {
 		return nil, nil, err
 	}
 	server := derpserver.New(key.NewNode(), logf)
@@ -19,6 +22,9 @@ func relay(arguments []string) (event, func(order) error, error) {
 	routes := http.NewServeMux()
 	routes.HandleFunc("/derp", func(w http.ResponseWriter, r *http.Request) {
 		say(event{"event": "upgrade", "to": r.Header.Get("Upgrade"), "header": r.Header})
+		if *strip && strings.EqualFold(r.Header.Get("Upgrade"), "DERP") {
+			r.Header.Del("Upgrade")
+		}
 		upgrades.ServeHTTP(w, r)
 		say(event{"event": "left"})
 	})

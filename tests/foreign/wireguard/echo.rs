@@ -8,7 +8,8 @@ use crate::support::LIMIT;
 const PAYLOAD: usize = 1024;
 /// Echoes that make a megabyte.
 pub(super) const MEGABYTE: u16 = 1024;
-/// Echoes on their way at a time: what sockets and queues on the way surely hold.
+/// Echoes on their way at a time: as many as their relay keeps for a client, and more bytes than one message of a
+/// websocket may have.
 const WINDOW: usize = 32;
 
 const IPV6: usize = 40;

@@ -31,8 +31,8 @@ use crate::work::Work;
 const MAX_MESSAGE: usize = 16 << 20;
 /// Bytes that wait between the websocket and what reads it.
 const PIPE: usize = 256 * 1024;
-/// The most that one message carries.
-const WRITE: usize = 64 * 1024;
+/// The most that one message carries: relay clients in Go close the connection on one of more.
+const WRITE: usize = 32 * 1024;
 /// How long the peer's close frame is waited for.
 const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 
