@@ -37,6 +37,7 @@ mod our_client {
         assert_eq!(ended.status.code(), Some(0));
         theirs.control.message("Coordinate", "/disconnect");
         theirs.control.event("disconnected");
+        assert_eq!(theirs.control.unseen("odd"), Vec::<serde_json::Value>::new());
     }
 
     #[test]

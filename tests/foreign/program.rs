@@ -150,6 +150,12 @@ impl Program {
         event["message"].take()
     }
 
+    /// The events of a kind that were heard so far and not asked for yet.
+    pub(crate) fn unseen(&mut self, kind: &str) -> Vec<Value> {
+        self.unseen.extend(self.heard.try_iter());
+        self.unseen.iter().filter(|event| event["event"] == kind).cloned().collect()
+    }
+
     /// Forgets what was heard so far.
     pub(crate) fn forget(&mut self) {
         self.unseen.clear();

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"net"
 	"net/http"
 	"os"
 	"sync"
@@ -16,6 +17,7 @@ import (
 	"storj.io/drpc"
 	"storj.io/drpc/drpcerr"
 	"storj.io/drpc/drpcserver"
+	"storj.io/drpc/drpcwire"
 )
 
 const tokenHeader = "Coder-Session-Token"
@@ -142,12 +144,34 @@ func (c *controlPlane) serve(ctx context.Context, session *yamux.Session) string
 		go func() {
 			here := &transport{plane: c}
 			ended := event{"event": "finished"}
-			if err := drpcserver.New(here).ServeOne(ctx, stream); err != nil {
+			if err := drpcserver.New(here).ServeOne(ctx, &watched{Conn: stream}); err != nil {
 				ended["error"] = err.Error()
 			}
 			ended["rpc"] = here.name
 			say(ended)
 		}()
+	}
+}
+
+// Watched is a stream whose frames are looked at on their way: drpc itself takes the bit that marks a packet as
+// one that may be ignored on every kind of packet.
+type watched struct {
+	net.Conn
+	unread []byte
+}
+
+func (w *watched) Read(into []byte) (int, error) {
+	length, err := w.Conn.Read(into)
+	w.unread = append(w.unread, into[:length]...)
+	for {
+		rest, frame, isWhole, broken := drpcwire.ParseFrame(w.unread)
+		if !isWhole || broken != nil {
+			return length, err
+		}
+		w.unread = rest
+		if frame.Control && frame.Kind != drpcwire.KindCancel {
+			say(event{"event": "odd", "frame": frame.String()})
+		}
 	}
 }
 
