@@ -14,6 +14,7 @@ use crate::{
 mod our_client {
     use super::*;
 
+    /// Conforms: control:H1 control:H2
     #[test]
     fn introduces_itself_to_their_server_and_says_goodbye() {
         if !has_program("our client at their control plane") {
@@ -21,9 +22,12 @@ mod our_client {
         }
         let mut theirs = Theirs::start(Shape::default());
         let manager = theirs.join(Make::Service);
-        let dialled = theirs.control.wait(|event| event["path"] == "/api/v2/tailnet");
-        assert_eq!(dialled["query"], json!({"version": ["2.3"]}));
-        assert_eq!(dialled["tokens"], 1);
+        for path in ["/api/v2/users/me", "/api/v2/workspaceagents/connection", "/api/v2/tailnet"] {
+            let request = theirs.control.wait(|event| event["path"] == path);
+            assert_eq!(request["tokens"], 1, "{request}");
+            let query = if path.ends_with("tailnet") { json!({"version": ["2.3"]}) } else { json!({}) };
+            assert_eq!(request["query"], query, "{request}");
+        }
         let owner = theirs.control.message("WorkspaceUpdates", "/workspaceOwnerId");
         assert_eq!(owner["workspaceOwnerId"], bytes(uuid::Uuid::from_u128(7).as_bytes()));
 
