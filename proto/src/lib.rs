@@ -12,6 +12,7 @@ pub mod key;
 pub mod link;
 pub mod name;
 pub mod network;
+pub mod stun;
 pub mod tailnet;
 pub mod tsmp;
 pub mod vpn;

@@ -24,7 +24,7 @@ use warren_proto::{
     derp::{self, ClientInfo, DerpError, Frame, Gone, Header, ServerInfo},
     disco,
     key::{BoxShared, DiscoPrivate, DiscoPublic, NodePrivate, NodePublic},
-    tailnet, tsmp,
+    stun, tailnet, tsmp,
 };
 
 /// The vectors whose names start so.
@@ -130,6 +130,16 @@ fn an_id_gives_the_addresses_and_the_label_recorded() {
     assert_eq!(TAILSCALE_PREFIX.to_string(), text(prefixes, "tailscale"));
 }
 
+/// Conforms: data:20.1.5
+#[test]
+fn the_addresses_of_the_specifications_id_are_its_own() {
+    let id: Uuid = "01020304-0506-0708-090a-0b0c0d0e0f10".parse().unwrap();
+    let address = |text: &str| text.parse::<Ipv6Addr>().unwrap();
+    let tailscale = address("fd7a:115c:a1e0:0708:090a:0b0c:0d0e:0f10");
+    assert_eq!(address::tailscale_address(&id), tailscale);
+    assert_eq!(address::coder_address(&id), address("fd60:627a:a42b:0708:090a:0b0c:0d0e:0f10"));
+}
+
 /// The first frame, if it is whole.
 fn first_frame(bytes: &[u8]) -> Result<Option<(Frame<'_>, usize)>, DerpError> {
     let Some(header) = Header::read(bytes)? else { return Ok(None) };
@@ -168,6 +178,17 @@ fn frames_are_written_as_recorded_and_read_back() {
         assert_eq!(first_frame(&bytes(vector)), Ok(Some((frame, bytes(vector).len()))), "{name}");
         assert_eq!(json!(bytes(vector)[0]), vector["decoded"]["type"], "{name}");
     }
+}
+
+/// Conforms: data:20.1.2
+#[test]
+fn the_login_of_the_specification_is_written_byte_for_byte() {
+    let sealed = ClientInfo::OURS.seal(&login_shared(), &[3; 24]);
+    let frame = Frame::ClientInfo(NodePrivate::from_bytes([1; 32]).public(), &sealed).encode();
+    let expected = "0200000068a4e09292b651c278b9772c569f5fa9bb13d906b46ab68c9df9dc2b4409f8a209\
+                    030303030303030303030303030303030303030303030303\
+                    e7b00139777df0c828b9b7fc70d6759a9809096a596553c14a221c455688839aa41bc3de387d64832579893200101f4e";
+    assert_eq!(to_hex(&frame), expected);
 }
 
 /// What a client makes of frames after the login: the events, unless it ends the connection.
@@ -365,12 +386,73 @@ fn envelopes_of_probes_open_as_recorded_and_are_sealed_again_byte_for_byte() {
     }
 }
 
+/// Conforms: data:20.1.1
+#[test]
+fn the_probe_of_the_specification_is_sealed_byte_for_byte_and_opens() {
+    let [a, b] = [1, 2].map(|byte| DiscoPrivate::from_bytes([byte; 32]));
+    let packet = "5453f09f92aca4e09292b651c278b9772c569f5fa9bb13d906b46ab68c9df9dc2b4409f8a209\
+                  030303030303030303030303030303030303030303030303\
+                  bf133a6a2fac7a435ec75c765b320456e22b7f0e29153eab22072e7e70a1d1ea\
+                  db4bb1a479051bf5474aa25763746b22038bd5a513f9b0be4a24540e0dce";
+    let packet = hex(&json!({"packet": packet}), "packet");
+    let message = disco::Message::Ping {
+        txid: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
+        node: Some(NodePublic([0x11; 32])),
+    };
+    assert_eq!(disco::open(&packet, &b.shared(&a.public())), Ok(message.clone()));
+    // Version 0, which we never send: sealed by hand.
+    let mut plaintext = Vec::new();
+    message.encode(&mut plaintext);
+    plaintext[1] = 0;
+    let sealed = a.shared(&b.public()).seal_with_nonce(&[3; 24], &plaintext);
+    let written = [packet[..6].as_ref(), a.public().as_bytes(), &sealed].concat();
+    assert_eq!(to_hex(&written), to_hex(&packet));
+}
+
 #[test]
 fn what_looks_like_a_probe_does_so_as_recorded() {
     for vector in vectors("disco", "look-") {
         let (packet, decoded) = (bytes(&vector), &vector["decoded"]);
         assert_eq!(json!(disco::is_probe(&packet)), decoded["relay_says_disco"]);
         assert_eq!(json!(disco::sender(&packet).is_some()), decoded["receiver_consumes_as_disco"]);
+    }
+}
+
+/// Conforms: data:20.1.3
+#[test]
+fn questions_for_our_address_are_asked_as_recorded() {
+    for (name, prefix) in [("request", "0001"), ("request-2", "abab")] {
+        let vector = &vectors("stun", name)[0];
+        let txid = array(&vector["inputs"], "txid");
+        assert!(to_hex(&txid).starts_with(prefix));
+        assert_eq!(to_hex(&stun::request(&txid)), text(vector, "bytes"));
+    }
+}
+
+#[test]
+fn questions_for_an_address_are_answered_or_not_as_recorded() {
+    for vector in vectors("stun", "srv-request-") {
+        let (read, decoded) = (stun::read_request(&bytes(&vector)), &vector["decoded"]);
+        assert_eq!(json!(read.is_ok()), decoded["accepted"], "{}", text(&vector, "name"));
+        assert_eq!(to_hex(&read.unwrap_or_default()), text(decoded, "txid"));
+    }
+}
+
+#[test]
+fn answers_about_our_address_are_read_as_recorded() {
+    for vector in vectors("stun", "response-") {
+        let (name, packet) = (text(&vector, "name"), bytes(&vector));
+        let mut decoded = json!({"is_stun": stun::is_stun(&packet), "accepted": false});
+        if let Ok(stun::Response { txid, address }) = stun::Response::decode(&packet) {
+            decoded["accepted"] = json!(true);
+            decoded["txid"] = json!(to_hex(&txid));
+            decoded["address"] = json!(address.to_string());
+        }
+        assert_eq!(decoded, vector["decoded"], "{name}");
+    }
+    for name in ["response-v4", "response-v6"] {
+        let packet = bytes(&vectors("stun", name)[0]);
+        assert_eq!(stun::Response::decode(&packet).unwrap().encode(), packet, "{name}");
     }
 }
 
