@@ -15,6 +15,7 @@ mod doubles;
 mod probes;
 mod program;
 mod relay;
+mod stun;
 #[path = "../support/mod.rs"]
 mod support;
 mod wireguard;

@@ -44,6 +44,7 @@ var roles = map[string]role{
 	"control-client": controlClient,
 	"relay":          relay,
 	"node":           node,
+	"stun":           questions,
 }
 
 func main() {
@@ -56,7 +57,7 @@ func main() {
 
 func run(arguments []string) error {
 	if len(arguments) == 0 || roles[arguments[0]] == nil {
-		return fmt.Errorf("usage: peer control|control-client|relay|node ARGUMENTS")
+		return fmt.Errorf("usage: peer control|control-client|relay|node|stun ARGUMENTS")
 	}
 	ready, obey, err := roles[arguments[0]](arguments[1:])
 	if err != nil {
