@@ -34,6 +34,9 @@ use crate::{
 mod calls;
 mod connection;
 mod error;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod http;
 mod memory;
 mod peers;

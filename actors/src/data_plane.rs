@@ -42,6 +42,9 @@ use crate::{
 
 mod counters;
 mod disco;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub(crate) mod inbound;
 mod inner;
 mod outbound;

@@ -27,6 +27,9 @@ use crate::{
 };
 
 pub(crate) mod frames;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod latency;
 pub mod link;
 pub(crate) mod queue;

@@ -18,6 +18,7 @@ use std::{
 
 use futures::FutureExt;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{UnixListener, UnixStream},
     time::{sleep, timeout},
 };
@@ -39,6 +40,9 @@ use crate::{
     tunnels,
 };
 
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod order;
 
 /// How long a client may take to say who it is (vpn-protocol 16).
@@ -141,6 +145,14 @@ impl Door {
 
 async fn serve(service: Arc<Service>, caller: Caller, stream: UnixStream) {
     let (read, write) = stream.into_split();
+    serve_over(service, caller, read, write).await;
+}
+
+async fn serve_over<R, W>(service: Arc<Service>, caller: Caller, read: R, write: W)
+where
+    R: AsyncRead + Send + Unpin + 'static,
+    W: AsyncWrite + Send + Unpin + 'static,
+{
     let (client, inbox) =
         match Speaker::connect(read, write, Role::Service, Role::Client, HANDSHAKE_LIMIT).await {
             Ok(connected) => connected,

@@ -159,7 +159,8 @@ fn read(path: &Path) -> io::Result<String> {
     fs::read_to_string(path)
 }
 
-fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
+/// Understands the text of a configuration; errors name `path`.
+pub fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
     let file: File = toml::from_str(text)
         .map_err(|error| ConfigError::Malformed { path: path.to_owned(), reason: error.to_string() })?;
     let source_name = path.display().to_string();

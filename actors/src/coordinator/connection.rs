@@ -41,9 +41,9 @@ const WAKE_LIMIT: Duration = Duration::from_secs(3);
 /// For the deployment to hear that we leave, and to end the call (tailnet-control 4.8).
 const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
 /// For the last bytes of an end in order.
-const FLUSH_LIMIT: Duration = Duration::from_millis(100);
+pub(super) const FLUSH_LIMIT: Duration = Duration::from_millis(100);
 /// For the answer to our close frame. Deployments wait longer for ours; a part that is stopped cannot.
-const CLOSE_LIMIT: Duration = Duration::from_millis(400);
+pub(super) const CLOSE_LIMIT: Duration = Duration::from_millis(400);
 /// What [`Attempt::run`] takes at most from a stop to its end.
 pub(super) const STOP_LIMIT: Duration = Duration::from_millis(1600);
 

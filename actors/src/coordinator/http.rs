@@ -13,12 +13,15 @@ use serde::{
     Deserialize, Deserializer,
     de::{DeserializeOwned, Error as _},
 };
-use tokio::time::timeout;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::timeout,
+};
 use url::Url;
 use uuid::Uuid;
 use warren_core::server_version::{self, VersionError};
 
-use crate::dial::{DialError, Dialer, Target, TlsError};
+use crate::dial::{DialError, Dialer, Stream, Target, TlsError};
 
 use super::refusal::{Redirect, Refusal};
 
@@ -216,13 +219,14 @@ impl ApiClient {
     /// The body of a 200 answer to `GET path`, capped.
     pub async fn get(&self, path: &str, limit: Duration) -> Result<Bytes, ApiError> {
         let request = self.request(path, None)?;
-        let work = self.exchange(request, async |response: Response<Incoming>| {
+        let read = async |response: Response<Incoming>| {
             if response.status() != StatusCode::OK {
                 return Err(self.refused(path, response).await);
             }
             check_version(response.headers())?;
             self.body(path, response.into_body()).await
-        });
+        };
+        let work = async { self.exchange(self.dial().await?, request, read).await };
         self.within(path, limit, work).await
     }
 
@@ -234,18 +238,25 @@ impl ApiClient {
         headers: HeaderMap,
         limit: Duration,
     ) -> Result<Switched, ApiError> {
-        let mut request = self.request(path, Some(query))?;
-        request.headers_mut().remove(header::CONNECTION);
-        request.headers_mut().extend(headers);
-        let work = self.exchange(request, async |response: Response<Incoming>| {
-            if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-                return Err(self.refused(path, response).await);
-            }
-            let headers = response.headers().clone();
-            let upgraded = hyper::upgrade::on(response).await.map_err(|error| self.not_http(path, &error))?;
-            Ok(Switched { headers, stream: TokioIo::new(upgraded) })
-        });
+        let request = self.upgrade_request(path, query, headers)?;
+        let work = async { self.switch(self.dial().await?, path, request).await };
         self.within(path, limit, work).await
+    }
+
+    /// As [`Self::upgrade`], over a stream that is there.
+    #[cfg(feature = "fuzzing")]
+    pub(super) async fn upgrade_over<S>(
+        &self,
+        stream: S,
+        path: &str,
+        headers: HeaderMap,
+        limit: Duration,
+    ) -> Result<Switched, ApiError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let request = self.upgrade_request(path, "", headers)?;
+        self.within(path, limit, self.switch(stream, path, request)).await
     }
 }
 
@@ -262,15 +273,22 @@ impl ApiClient {
         }
     }
 
-    async fn exchange<T>(
-        &self,
-        request: Request<Empty<Bytes>>,
-        read: impl AsyncFnOnce(Response<Incoming>) -> Result<T, ApiError>,
-    ) -> Result<T, ApiError> {
-        let path = request.uri().path().to_owned();
+    async fn dial(&self) -> Result<Stream, ApiError> {
         let target = self.target()?;
         // The outer limit is shorter: it says which request was not answered.
-        let stream = self.dialer.connect(&target, REQUEST_LIMIT).await?;
+        Ok(self.dialer.connect(&target, REQUEST_LIMIT).await?)
+    }
+
+    async fn exchange<S, T>(
+        &self,
+        stream: S,
+        request: Request<Empty<Bytes>>,
+        read: impl AsyncFnOnce(Response<Incoming>) -> Result<T, ApiError>,
+    ) -> Result<T, ApiError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let path = request.uri().path().to_owned();
         let builder = http1::Builder::new().max_buf_size(MAX_HEAD).clone();
         let (mut sender, connection) =
             builder.handshake(TokioIo::new(stream)).await.map_err(|error| self.not_http(&path, &error))?;
@@ -280,6 +298,38 @@ impl ApiClient {
             read(response).await
         };
         drive(connection.with_upgrades(), conversation).await
+    }
+
+    async fn switch<S>(
+        &self,
+        stream: S,
+        path: &str,
+        request: Request<Empty<Bytes>>,
+    ) -> Result<Switched, ApiError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let read = async |response: Response<Incoming>| {
+            if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+                return Err(self.refused(path, response).await);
+            }
+            let headers = response.headers().clone();
+            let upgraded = hyper::upgrade::on(response).await.map_err(|error| self.not_http(path, &error))?;
+            Ok(Switched { headers, stream: TokioIo::new(upgraded) })
+        };
+        self.exchange(stream, request, read).await
+    }
+
+    fn upgrade_request(
+        &self,
+        path: &str,
+        query: &str,
+        headers: HeaderMap,
+    ) -> Result<Request<Empty<Bytes>>, ApiError> {
+        let mut request = self.request(path, Some(query))?;
+        request.headers_mut().remove(header::CONNECTION);
+        request.headers_mut().extend(headers);
+        Ok(request)
     }
 
     fn request(&self, path: &str, query: Option<&str>) -> Result<Request<Empty<Bytes>>, ApiError> {
