@@ -108,6 +108,14 @@ impl Refusal {
             StatusCode::BAD_REQUEST if self.message == VERSION => {
                 "this program and the deployment do not match; install matching releases"
             }
+            // The words of nginx, which lets such clients in to tell them.
+            StatusCode::BAD_REQUEST if self.detail.contains("SSL certificate") => {
+                "it wants a client certificate that it trusts; set client_cert_file and client_key_file \
+                 (--client-cert-file, --client-key-file)"
+            }
+            StatusCode::BAD_REQUEST if self.detail.contains("plain HTTP request was sent to HTTPS port") => {
+                "the URL must be https:// instead of http://"
+            }
             StatusCode::BAD_REQUEST => {
                 "something between here and the deployment may have changed the request"
             }

@@ -164,7 +164,7 @@ pub enum TlsError {
     /// Nobody we trust vouches for the certificate.
     #[error(
         "its certificate is signed by nobody this machine trusts; add the authority to the system's \
-         certificates, or name its file (--ca-file, SSL_CERT_FILE)"
+         certificates, or name its file (ca_file, --ca-file, SSL_CERT_FILE)"
     )]
     UnknownIssuer,
     /// The certificate is too old, or this machine's clock is wrong.
@@ -241,7 +241,8 @@ impl TlsError {
     fn of_certificate(reason: &rustls::CertificateError) -> Self {
         use rustls::CertificateError as Fault;
         match reason {
-            Fault::UnknownIssuer => Self::UnknownIssuer,
+            // The second: an authority was founded anew under its old name.
+            Fault::UnknownIssuer | Fault::BadSignature => Self::UnknownIssuer,
             Fault::Expired | Fault::ExpiredContext { .. } => Self::Expired,
             Fault::NotValidYet | Fault::NotValidYetContext { .. } => Self::NotYetValid,
             Fault::NotValidForName | Fault::NotValidForNameContext { .. } => Self::WrongName,

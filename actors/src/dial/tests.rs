@@ -88,6 +88,14 @@ async fn a_certificate_of_a_stranger_is_refused_with_what_to_do() {
 }
 
 #[tokio::test]
+async fn a_certificate_of_an_authority_that_was_founded_anew_is_one_of_a_stranger() {
+    let (before, now) = (TlsRig::new("deployment.test"), TlsRig::new("deployment.test"));
+    let error = before.dialer().connect(&now.target("deployment.test").await, LIMIT).await.unwrap_err();
+    assert!(matches!(error, DialError::Tls { reason: TlsError::UnknownIssuer, .. }), "{error}");
+    assert!(error.to_string().contains("ca_file"), "{error}");
+}
+
+#[tokio::test]
 async fn a_certificate_for_another_name_is_refused_unless_the_target_expects_that_name() {
     let rig = TlsRig::new("certified.test");
     let target = rig.target("host.test").await;

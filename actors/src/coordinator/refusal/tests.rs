@@ -73,6 +73,19 @@ fn a_refused_websocket_handshake_is_told_with_the_servers_reason_though_it_is_no
 }
 
 #[test]
+fn what_nginx_says_of_tls_is_told_with_what_to_set() {
+    for (title, advises) in [
+        ("400 No required SSL certificate was sent", "set client_cert_file and client_key_file"),
+        ("400 The SSL certificate error", "set client_cert_file and client_key_file"),
+        ("400 The plain HTTP request was sent to HTTPS port", "https:// instead of http://"),
+    ] {
+        let page = format!("<html>\r\n<head><title>{title}</title></head>\r\n<body></body>\r\n</html>\r\n");
+        let text = answer(400, Some("text/html"), page.as_bytes()).to_string();
+        assert!(text.contains(title) && text.contains(advises), "{text}");
+    }
+}
+
+#[test]
 fn a_refusal_is_told_in_the_form_that_people_search_for() {
     let body = r#"{"message":"You are signed out.","detail":"API key is invalid."}"#;
     let expected = "GET https://h/api/v2/users/me: unexpected status code 401: You are signed out: \
