@@ -3,6 +3,7 @@
 //! * [`program`]: the libraries that deployments are made of (drpc, yamux, websocket, DERP, disco), in one Go
 //!   program that plays control plane, control client, relay and agent. Its source is in `peer/`.
 //! * [`wireguard`]: `wireguard-go` as a distribution packages it.
+//! * [`nginx`]: nginx in front of a deployment, and a proxy on the way there.
 //!
 //! What is not installed is skipped, with a line that says so.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
@@ -12,6 +13,7 @@ mod deployment;
 #[allow(dead_code, unused_imports, reason = "each test target uses its own part of it")]
 #[path = "../doubles/mod.rs"]
 mod doubles;
+mod nginx;
 mod probes;
 mod program;
 mod relay;

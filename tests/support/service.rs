@@ -23,7 +23,12 @@ impl ServiceProcess {
 
     /// Starts a service without a device and with this configuration, and waits until it listens.
     pub(crate) fn start_with(config: &str) -> Self {
-        Self::begin(Command::new(WARREN), &["--no-tun"], config)
+        Self::start_by(Command::new(WARREN), config)
+    }
+
+    /// Starts a service without a device by a command, with this configuration, and waits until it listens.
+    pub(crate) fn start_by(command: Command, config: &str) -> Self {
+        Self::begin(command, &["--no-tun"], config)
     }
 
     /// Starts a service with this configuration, and waits until it listens.
