@@ -4,18 +4,14 @@
 //! What the tunnel says by itself is handled here, by one task that lives as long as the connection: peers
 //! go to their cell, requests for network settings to the host part, log lines to our log.
 
-use std::{
-    fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{fmt, sync::Arc, time::Duration};
 
 use futures::{FutureExt, future::BoxFuture};
 use secrecy::SecretString;
-use tokio::{sync::Semaphore, time::Instant};
+use tokio::{
+    sync::Semaphore,
+    time::{Instant, sleep_until},
+};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use warren_actors::{
     runtime::{CellWriter, Tasks},
@@ -48,7 +44,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(5);
 const WAKE_LIMIT: Duration = Duration::from_secs(5);
 /// How long the answer to a request for all peers may take.
 const RESYNC_LIMIT: Duration = Duration::from_secs(5);
-/// The least time between two of them: a tunnel whose updates never fit is not asked for ever.
+/// The least time between two of them: a tunnel whose updates never fit is not asked all the time.
 const RESYNC_PAUSE: Duration = Duration::from_secs(30);
 /// How long what was sent may take to leave before the connection is closed.
 const CLOSE_LIMIT: Duration = Duration::from_secs(1);
@@ -83,8 +79,8 @@ pub struct Running {
     speaker: TunnelSpeaker,
     link: Option<LinkClient>,
     silent: CancellationToken,
-    /// Set once the tunnel has answered its Start; deployed ones end when they are asked for peers before.
-    has_started: Arc<AtomicBool>,
+    /// Said once the tunnel has answered its Start; deployed ones end when they are asked for peers before.
+    started: CancellationToken,
     _tasks: Tasks,
 }
 
@@ -115,17 +111,17 @@ impl Running {
         service: &Arc<Service>,
     ) -> Self {
         let Greeted { process, speaker, inbox, link } = greeted;
-        let (tasks, silent, has_started) = (Tasks::default(), CancellationToken::new(), Arc::default());
+        let (tasks, silent, started) = (Tasks::default(), CancellationToken::new(), CancellationToken::new());
         let ear = Ear {
             speaker: speaker.clone(),
             secrets: Arc::clone(&secrets),
             service: Arc::clone(service),
             settings: Arc::new(Semaphore::new(MAX_SETTINGS)),
-            has_started: Arc::clone(&has_started),
+            started: started.clone(),
             book: Book { peers, _silent: silent.clone().drop_guard() },
         };
         tasks.spawn(ear.listen(inbox));
-        Self { order, secrets, process, speaker, link, silent, has_started, _tasks: tasks }
+        Self { order, secrets, process, speaker, link, silent, started, _tasks: tasks }
     }
 
     /// What it was started for.
@@ -156,7 +152,9 @@ impl Running {
     /// Asks the tunnel to start, and returns what it answered.
     pub(super) async fn start(&self, request: vpn::StartRequest) -> Result<vpn::StartResponse, CallError> {
         let answer = start(&self.speaker, &self.secrets, request).await?;
-        self.has_started.store(answer.success, Ordering::Release);
+        if answer.success {
+            self.started.cancel();
+        }
         Ok(answer)
     }
 
@@ -251,28 +249,49 @@ struct Ear {
     secrets: Arc<[SecretString]>,
     service: Arc<Service>,
     settings: Arc<Semaphore>,
-    has_started: Arc<AtomicBool>,
+    started: CancellationToken,
     book: Book,
 }
 
-/// Asking for all peers, because an update did not fit.
+/// Asking for all peers, because an update did not fit. That one did not is remembered until it is asked.
 #[derive(Default)]
 struct Resync {
+    is_wanted: bool,
     question: Option<BoxFuture<'static, Option<vpn::PeerUpdate>>>,
     asked_at: Option<Instant>,
 }
 
+/// What a resync has come to.
+enum Turn {
+    /// It is time to ask.
+    Due,
+    /// What the tunnel answered.
+    Answered(Option<vpn::PeerUpdate>),
+}
+
 impl Resync {
-    fn is_due(&self) -> bool {
-        self.question.is_none() && self.asked_at.is_none_or(|at| at.elapsed() >= RESYNC_PAUSE)
+    /// Waits for ever while nothing is missing.
+    async fn turn(&mut self, started: &CancellationToken) -> Turn {
+        if let Some(question) = &mut self.question {
+            let answer = question.await;
+            self.question = None;
+            return Turn::Answered(answer);
+        }
+        if !self.is_wanted {
+            return std::future::pending().await;
+        }
+        started.cancelled().await;
+        if let Some(at) = self.asked_at {
+            sleep_until(at + RESYNC_PAUSE).await;
+        }
+        Turn::Due
     }
 
-    /// What the tunnel answers; waits for ever while it is not asked.
-    async fn answer(&mut self) -> Option<vpn::PeerUpdate> {
-        let Some(question) = &mut self.question else { return std::future::pending().await };
-        let answer = question.await;
-        self.question = None;
-        answer
+    fn ask(&mut self, speaker: TunnelSpeaker) {
+        tracing::info!("an update of the tunnel does not fit; it is asked for everything");
+        self.is_wanted = false;
+        self.asked_at = Some(Instant::now());
+        self.question = Some(ask_for_everything(speaker).boxed());
     }
 }
 
@@ -285,13 +304,19 @@ impl Ear {
                     Some(incoming) => self.hear(&answers, &mut resync, incoming),
                     None => return,
                 },
-                everything = resync.answer() => {
-                    // What was said before the answer has been read by now; it is older than the answer.
-                    while let Some(Some(incoming)) = inbox.recv().now_or_never() {
-                        self.hear(&answers, &mut resync, incoming);
+                turn = resync.turn(&self.started) => match turn {
+                    Turn::Due => resync.ask(self.speaker.clone()),
+                    Turn::Answered(None) => resync.is_wanted = true,
+                    Turn::Answered(Some(everything)) => {
+                        self.replace(everything);
+                        // What waits was said around the answer. Taken after it in its order it leads to what is
+                        // now, whichever came first; that it may not fit meanwhile means nothing.
+                        while let Some(Some(incoming)) = inbox.recv().now_or_never() {
+                            self.hear(&answers, &mut resync, incoming);
+                        }
+                        resync.is_wanted = false;
                     }
-                    everything.into_iter().for_each(|everything| self.replace(everything));
-                }
+                },
             }
         }
     }
@@ -299,14 +324,7 @@ impl Ear {
     fn hear(&self, answers: &Tasks, resync: &mut Resync, incoming: Incoming<TunnelMessage>) {
         match (incoming.message.msg, incoming.kind) {
             (Some(tunnel_message::Msg::PeerUpdate(update)), _) => {
-                if self.note(update) == Fit::Gap
-                    && resync.is_due()
-                    && self.has_started.load(Ordering::Acquire)
-                {
-                    tracing::info!("an update of the tunnel does not fit; it is asked for everything");
-                    resync.asked_at = Some(Instant::now());
-                    resync.question = Some(ask_for_everything(self.speaker.clone()).boxed());
-                }
+                resync.is_wanted |= self.note(update) == Fit::Gap;
             }
             (Some(tunnel_message::Msg::Log(line)), _) => self.log(&line),
             (Some(tunnel_message::Msg::NetworkSettings(settings)), Kind::Request(id)) => {
@@ -369,7 +387,7 @@ impl Ear {
     }
 }
 
-/// `None` where the tunnel does not answer as it should: the next update that does not fit asks again.
+/// `None` where the tunnel does not answer as it should: it is asked again after a pause.
 async fn ask_for_everything(speaker: TunnelSpeaker) -> Option<vpn::PeerUpdate> {
     let request = manager_message::Msg::GetPeerUpdate(vpn::GetPeerUpdate {});
     let answer = speaker.request(ManagerMessage { rpc: None, msg: Some(request) }, RESYNC_LIMIT).await;

@@ -216,7 +216,7 @@ fn script(folder: &Path, mode: &str) -> std::path::PathBuf {
     path
 }
 
-fn service(folder: &Path, program: std::path::PathBuf) -> Service {
+pub(super) fn service(folder: &Path, program: std::path::PathBuf) -> Service {
     let paths = Paths {
         scope: Scope::User,
         runtime_dir: folder.to_owned(),

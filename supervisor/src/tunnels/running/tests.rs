@@ -89,3 +89,114 @@ async fn an_answer_of_another_kind_is_a_start_that_failed() {
     let answer = answer.unwrap();
     assert!(!answer.success && answer.error_message.contains("does not fit"), "{}", answer.error_message);
 }
+
+/// One agent of one workspace.
+fn everything() -> vpn::PeerUpdate {
+    let id = || vec![1; 16].into();
+    vpn::PeerUpdate {
+        upserted_workspaces: vec![vpn::Workspace { id: id(), ..Default::default() }],
+        upserted_agents: vec![vpn::Agent { id: id(), workspace_id: id(), ..Default::default() }],
+        ..Default::default()
+    }
+}
+
+/// It deletes the agent of [`everything`], which nobody has heard of at first.
+fn deletion() -> vpn::PeerUpdate {
+    let agent = vpn::Agent { id: vec![1; 16].into(), ..Default::default() };
+    vpn::PeerUpdate { deleted_agents: vec![agent], ..Default::default() }
+}
+
+fn of_peers(update: vpn::PeerUpdate) -> TunnelMessage {
+    TunnelMessage { rpc: None, msg: Some(tunnel_message::Msg::PeerUpdate(update)) }
+}
+
+/// A tunnel's end of leg A, and somebody who listens at the other.
+struct Heard {
+    service: Arc<Service>,
+    started: CancellationToken,
+    tunnel: Speaker<TunnelMessage, ManagerMessage>,
+    asked: Inbox<ManagerMessage>,
+    _tasks: Tasks,
+    _folder: tempfile::TempDir,
+}
+
+impl Heard {
+    async fn begin() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let service = Arc::new(super::super::tests::service(folder.path(), "/nonexistent".into()));
+        let (ours, theirs) = tokio::io::duplex(1024);
+        let ((read, write), (their_read, their_write)) = (tokio::io::split(ours), tokio::io::split(theirs));
+        let (manager, tunnel) = tokio::join!(
+            Speaker::connect(read, write, Role::Manager, Role::Tunnel, LIMIT),
+            Speaker::connect(their_read, their_write, Role::Tunnel, Role::Manager, LIMIT),
+        );
+        let ((speaker, inbox), (tunnel, asked)) = (manager.unwrap(), tunnel.unwrap());
+        let (tasks, started) = (Tasks::default(), CancellationToken::new());
+        let ear = Ear {
+            speaker,
+            secrets: Arc::default(),
+            service: Arc::clone(&service),
+            settings: Arc::new(Semaphore::new(MAX_SETTINGS)),
+            started: started.clone(),
+            book: Book {
+                peers: service.peers.claim().unwrap(),
+                _silent: CancellationToken::new().drop_guard(),
+            },
+        };
+        tasks.spawn(ear.listen(inbox));
+        Self { service, started, tunnel, asked, _tasks: tasks, _folder: folder }
+    }
+
+    /// The id of a request for all peers, if one comes within `limit`.
+    async fn asked(&mut self, limit: Duration) -> Option<u64> {
+        let request = tokio::time::timeout(limit, self.asked.recv()).await.ok()?.unwrap();
+        assert!(matches!(request.message.msg, Some(manager_message::Msg::GetPeerUpdate(_))));
+        let Kind::Request(id) = request.kind else { panic!("{:?}", request.kind) };
+        Some(id)
+    }
+
+    async fn agents(&self, count: usize) {
+        let mut peers = self.service.peers.view();
+        let reached = peers.wait_for(|peers| peers.agents().count() == count);
+        tokio::time::timeout(LIMIT, reached).await.unwrap();
+    }
+}
+
+/// Conforms: vpn:15.28
+#[tokio::test(start_paused = true)]
+async fn an_update_that_does_not_fit_is_remembered_until_the_tunnel_has_answered_its_start() {
+    let mut heard = Heard::begin().await;
+    heard.tunnel.notify(of_peers(deletion())).await.unwrap();
+    assert_eq!(heard.asked(LIMIT).await, None, "deployed tunnels end when they are asked before");
+    heard.started.cancel();
+    let id = heard.asked(LIMIT).await.expect("it is asked");
+    heard.tunnel.respond(id, of_peers(everything())).await.unwrap();
+    heard.agents(1).await;
+    assert_eq!(heard.asked(10 * RESYNC_PAUSE).await, None, "once is enough");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_that_does_not_answer_is_asked_again_after_a_pause() {
+    let mut heard = Heard::begin().await;
+    heard.started.cancel();
+    heard.tunnel.notify(of_peers(deletion())).await.unwrap();
+    assert!(heard.asked(LIMIT).await.is_some());
+    assert_eq!(heard.asked(RESYNC_PAUSE / 2).await, None);
+    let id = heard.asked(RESYNC_PAUSE).await.expect("it is asked again");
+    heard.tunnel.respond(id, of_peers(everything())).await.unwrap();
+    heard.agents(1).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_tunnel_says_right_behind_its_answer_is_newer_than_the_answer() {
+    let mut heard = Heard::begin().await;
+    heard.started.cancel();
+    heard.tunnel.notify(of_peers(deletion())).await.unwrap();
+    let id = heard.asked(LIMIT).await.expect("it is asked");
+    // Both are read before anybody looks at either.
+    heard.tunnel.try_respond(id, of_peers(everything())).unwrap();
+    heard.tunnel.try_notify(of_peers(deletion())).unwrap();
+    tokio::time::sleep(LIMIT).await;
+    heard.agents(0).await;
+    assert_eq!(heard.service.peers.get().complete().upserted_workspaces.len(), 1, "the answer was taken");
+}
