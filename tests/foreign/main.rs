@@ -10,7 +10,6 @@
 
 mod control;
 mod deployment;
-#[allow(dead_code, unused_imports, reason = "each test target uses its own part of it")]
 #[path = "../doubles/mod.rs"]
 mod doubles;
 mod nginx;
