@@ -12,6 +12,10 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 /// Bytes of the longest packet, inclusive, in both directions.
 pub const MAX_PACKET: usize = 4 << 20;
 
+/// Bytes that a message may take once it is unpacked. The largest packet of nodes as agents send them, with what
+/// they hold, takes half of it.
+pub const MAX_UNPACKED: usize = 48 << 20;
+
 /// Bytes of data after which a packet is cut.
 pub const SPLIT: usize = 64 << 10;
 
@@ -88,6 +92,9 @@ pub enum DrpcError {
     /// The packet is over [`MAX_PACKET`].
     #[error("a packet of more than {MAX_PACKET} bytes")]
     TooLong,
+    /// The message would take more than [`MAX_UNPACKED`].
+    #[error("a message that unpacks to {0} bytes: {MAX_UNPACKED} are the most")]
+    TooHeavy(usize),
     /// An error without its code.
     #[error("an error packet of {0} bytes")]
     ShortError(usize),

@@ -3,10 +3,13 @@
 //!
 //! Only what repeats is looked at; everything else is no larger than its bytes, or part of its parent.
 
-use crate::vpn::{
-    Agent, Workspace, log,
-    network_settings_request::{i_pv4_settings::IPv4Route, i_pv6_settings::IPv6Route},
-    start_request,
+use crate::{
+    tailnet::{self, coordinate_response, derp_map},
+    vpn::{
+        Agent, Workspace, log,
+        network_settings_request::{i_pv4_settings::IPv4Route, i_pv6_settings::IPv6Route},
+        start_request,
+    },
 };
 
 /// How a list may be larger than what is in it: it begins with four places and doubles, and while it grows
@@ -43,6 +46,32 @@ const IPV6_ROUTE: Shape = Message(size_of::<IPv6Route>(), &[]);
 const IPV6: Shape = Message(0, &[(1, Text), (2, Numbers), (3, IPV6_ROUTE), (4, IPV6_ROUTE)]);
 const NETWORK_SETTINGS: Shape = Message(0, &[(3, DNS), (5, IPV4), (6, IPV6)]);
 const STATUS: Shape = Message(0, &[(3, PEER_UPDATE)]);
+
+/// An entry of a map, as a message. A map begins with eleven places, and is never more than half empty.
+const fn entry<T>(parts: &'static [(u64, Shape)]) -> Shape {
+    Message(3 * size_of::<T>(), parts)
+}
+
+const LATENCY: Shape = entry::<(String, f64)>(&[]);
+const FORCED_WEBSOCKET: Shape = entry::<(i32, String)>(&[]);
+const NODE: Shape = Message(0, &[(6, LATENCY), (7, FORCED_WEBSOCKET), (8, Text), (9, Text), (10, Text)]);
+const PEER: Shape = Message(size_of::<coordinate_response::PeerUpdate>(), &[(2, NODE)]);
+const SCORES: Shape = Message(0, &[(1, entry::<(i64, f64)>(&[]))]);
+const RELAY: Shape = Message(size_of::<derp_map::region::Node>(), &[]);
+const REGION: Shape = Message(0, &[(6, RELAY)]);
+const TOLD_WORKSPACE: Shape = Message(size_of::<tailnet::Workspace>(), &[]);
+const TOLD_AGENT: Shape = Message(size_of::<tailnet::Agent>(), &[]);
+
+/// What a coordinator tells of peers.
+pub const COORDINATE_RESPONSE: Shape = Message(0, &[(1, PEER)]);
+/// The relays of a deployment.
+pub const RELAY_MAP: Shape =
+    Message(0, &[(1, SCORES), (2, entry::<(i64, derp_map::Region)>(&[(2, REGION)]))]);
+/// What a deployment tells of workspaces.
+pub const WORKSPACE_UPDATE: Shape =
+    Message(0, &[(1, TOLD_WORKSPACE), (2, TOLD_AGENT), (3, TOLD_WORKSPACE), (4, TOLD_AGENT)]);
+/// A message in which nothing repeats.
+pub const SINGLE: Shape = Message(0, &[]);
 
 /// What a manager sends.
 pub const MANAGER_MESSAGE: Shape = Message(0, &[(4, START)]);
@@ -166,6 +195,24 @@ mod tests {
         assert!(TUNNEL_MESSAGE.weigh(&numbers) >= 99 * size_of::<u32>());
     }
 
+    #[test]
+    fn a_packet_of_empty_peers_weighs_a_hundred_times_its_bytes() {
+        let packet = [0x0a, 0x00].repeat(100_000);
+        let response = tailnet::CoordinateResponse::decode(packet.as_slice()).unwrap();
+        let held = response.peer_updates.capacity() * size_of::<coordinate_response::PeerUpdate>();
+        assert!(held > 50 * packet.len());
+        assert!(COORDINATE_RESPONSE.weigh(&packet) >= held);
+    }
+
+    #[test]
+    fn a_map_of_one_entry_weighs_as_much_as_the_eleven_that_it_has_room_for() {
+        let node = tailnet::Node { derp_latency: [("1-v4".to_owned(), 0.5)].into(), ..Default::default() };
+        let update = coordinate_response::PeerUpdate { node: Some(node), ..Default::default() };
+        let response = tailnet::CoordinateResponse { peer_updates: vec![update], error: String::new() };
+        let least = size_of::<coordinate_response::PeerUpdate>() + 11 * size_of::<(String, f64)>();
+        assert!(COORDINATE_RESPONSE.weigh(&response.encode_to_vec()) >= least);
+    }
+
     fn agent() -> impl Strategy<Value = Agent> {
         let texts = || proptest::collection::vec(".{0,8}", 0..6);
         let ping = proptest::option::of(".{0,8}");
@@ -195,7 +242,7 @@ mod tests {
 
         #[test]
         fn no_bytes_break_the_scales(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-            for shape in [MANAGER_MESSAGE, TUNNEL_MESSAGE, CLIENT_MESSAGE, SERVICE_MESSAGE] {
+            for shape in [TUNNEL_MESSAGE, SERVICE_MESSAGE, COORDINATE_RESPONSE, RELAY_MAP, WORKSPACE_UPDATE] {
                 shape.weigh(&bytes);
             }
         }

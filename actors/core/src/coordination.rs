@@ -6,7 +6,7 @@
 //! [`Coordination::network_map`] whenever an outcome says that it changed. The table outlives streams.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map},
     net::Ipv6Addr,
     time::{Duration, Instant},
 };
@@ -22,7 +22,10 @@ use warren_proto::{
     },
 };
 
-use crate::{relay_map::RegionId, roster::Update};
+use crate::{
+    relay_map::RegionId,
+    roster::{MAX_ENTRIES, Update},
+};
 
 mod destinations;
 mod node;
@@ -34,6 +37,10 @@ pub use node::NodeError;
 pub const LOST_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 /// Without READY (an agent of old, or a lost message) a destination is programmed this long after NODE.
 pub const READY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Peers that are known at most, besides destinations: as many as there can be agents, far beyond what one
+/// user has. Every one costs memory and a session.
+pub const MAX_PEERS: usize = MAX_ENTRIES;
 
 /// The peers to be programmed at the moment, by peer id (an agent's peer id is its agent id).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -97,6 +104,9 @@ pub enum IgnoredReason {
     /// A kind this schema does not have.
     #[error("unknown kind {0}")]
     Kind(i32),
+    /// There are too many peers already that nobody asked for.
+    #[error("{MAX_PEERS} peers are known: no more are taken that nobody asked for")]
+    TooMany,
 }
 
 /// The peer table and the wanted destinations.
@@ -286,7 +296,7 @@ impl Coordination {
         let mut handled = Ok(());
         match Kind::try_from(update.kind) {
             Ok(Kind::Node) => handled = self.handle_node(now, id, update.node.as_ref()),
-            Ok(Kind::ReadyForHandshake) => self.handle_ready(now, id),
+            Ok(Kind::ReadyForHandshake) => handled = self.handle_ready(now, id),
             Ok(Kind::Disconnected) => drop(self.peers.remove(&id)),
             Ok(Kind::Lost) => self.handle_lost(now, &id, last_handshake),
             Ok(Kind::Unspecified) | Err(_) => handled = Err(IgnoredReason::Kind(update.kind)),
@@ -303,7 +313,7 @@ impl Coordination {
     ) -> Result<(), IgnoredReason> {
         let peer = node::decode(node.ok_or(IgnoredReason::NoNode)?)?;
         let is_destination = self.destinations.contains(&id);
-        let entry = self.peers.entry(id).or_default();
+        let entry = self.entry(id)?;
         if entry.has_other_key(&peer) && !entry.was_announced(now) {
             entry.ready = Ready::No;
         }
@@ -315,10 +325,21 @@ impl Coordination {
         Ok(())
     }
 
-    fn handle_ready(&mut self, now: Instant, id: Uuid) {
-        let entry = self.peers.entry(id).or_default();
+    fn handle_ready(&mut self, now: Instant, id: Uuid) -> Result<(), IgnoredReason> {
+        let entry = self.entry(id)?;
         entry.ready = Ready::Yes;
         entry.announced_at = Some(now);
+        Ok(())
+    }
+
+    /// The entry of a peer, if there is room for it: destinations are bounded by who wants them.
+    fn entry(&mut self, id: Uuid) -> Result<&mut Entry, IgnoredReason> {
+        let is_bounded = self.peers.len() < MAX_PEERS || self.destinations.contains(&id);
+        match self.peers.entry(id) {
+            btree_map::Entry::Occupied(known) => Ok(known.into_mut()),
+            btree_map::Entry::Vacant(room) if is_bounded => Ok(room.insert(Entry::default())),
+            btree_map::Entry::Vacant(_) => Err(IgnoredReason::TooMany),
+        }
     }
 
     fn handle_lost(

@@ -20,8 +20,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_yamux::{Config, Control, Session, StreamHandle};
 use warren_observability::names;
 use warren_proto::{
-    drpc::{Decoder, DrpcError, ErrorBody, Kind, Packet, PacketWriter},
+    drpc::{Decoder, DrpcError, ErrorBody, Kind, MAX_UNPACKED, Packet, PacketWriter},
     frame::Message,
+    weight::{self, Shape},
 };
 
 /// A deployment that does not take what is written for so long is gone.
@@ -54,6 +55,16 @@ impl Method {
             Self::StreamDerpMaps => "StreamDERPMaps",
             Self::WorkspaceUpdates => "WorkspaceUpdates",
             Self::RefreshResumeToken => "RefreshResumeToken",
+        }
+    }
+
+    /// How its answers unpack.
+    fn shape(self) -> Shape {
+        match self {
+            Self::Coordinate => weight::COORDINATE_RESPONSE,
+            Self::StreamDerpMaps => weight::RELAY_MAP,
+            Self::WorkspaceUpdates => weight::WORKSPACE_UPDATE,
+            Self::RefreshResumeToken => weight::SINGLE,
         }
     }
 }
@@ -315,6 +326,10 @@ impl<A: Message + Default> Answers<A> {
     fn take(&mut self, packet: Packet) -> Result<Option<A>, CallError> {
         match packet.kind {
             Kind::Message => {
+                let weight = self.method.shape().weigh(&packet.data);
+                if weight > MAX_UNPACKED {
+                    return Err(DrpcError::TooHeavy(weight).into());
+                }
                 let malformed = |error| CallError::Malformed(format!("{error}"));
                 Ok(Some(A::decode(packet.data).map_err(malformed)?))
             }

@@ -11,6 +11,11 @@ use warren_proto::{
 use super::Peer;
 use crate::relay_map::RegionId;
 
+/// Addresses of one peer that are handled; agents have two or three.
+const MAX_ADDRESSES: usize = 64;
+/// Of a malformed text this much is told.
+const SHOWN: usize = 64;
+
 /// Why a node message cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NodeError {
@@ -26,9 +31,16 @@ pub enum NodeError {
     /// An address or allowed IP is not CIDR text.
     #[error("the address {0:?} is malformed")]
     Address(String),
+    /// It has more addresses than any agent.
+    #[error("the peer has {0} addresses: {MAX_ADDRESSES} are handled at most")]
+    TooMany(usize),
 }
 
 pub(super) fn decode(node: &tailnet::Node) -> Result<Peer, NodeError> {
+    let most = node.addresses.len().max(node.allowed_ips.len());
+    if most > MAX_ADDRESSES {
+        return Err(NodeError::TooMany(most));
+    }
     for text in &node.addresses {
         cidr(text)?;
     }
@@ -51,7 +63,7 @@ fn disco_key(text: &str) -> Result<DiscoPublic, NodeError> {
 }
 
 fn cidr(text: &str) -> Result<Cidr, NodeError> {
-    text.parse().map_err(|_| NodeError::Address(text.to_owned()))
+    text.parse().map_err(|_| NodeError::Address(text.chars().take(SHOWN).collect()))
 }
 
 /// Only single addresses are installed: a peer must not claim a network.
@@ -78,6 +90,17 @@ mod tests {
         assert_eq!(peer.disco_key, DiscoPublic([2; 32]));
         assert_eq!(peer.home, RegionId(999));
         assert_eq!(peer.addresses, ["fd7a:115c:a1e0::1", "fd60:627a:a42b::1"].map(address));
+    }
+
+    #[test]
+    fn more_addresses_than_any_agent_has_are_refused_by_number_and_a_long_text_is_told_in_part() {
+        let allowed_ips: Vec<_> = (0..65).map(|number| format!("fd60::{number}/128")).collect();
+        let crowd = tailnet::Node { allowed_ips: allowed_ips.clone(), ..node() };
+        assert_eq!(decode(&crowd), Err(NodeError::TooMany(65)));
+        let most = allowed_ips.into_iter().skip(1).collect();
+        assert_eq!(decode(&tailnet::Node { allowed_ips: most, ..node() }).unwrap().addresses.len(), 64);
+        let long = tailnet::Node { addresses: vec!["x".repeat(1000)], ..node() };
+        assert_eq!(decode(&long), Err(NodeError::Address("x".repeat(64))));
     }
 
     #[test]

@@ -3,6 +3,24 @@ use proptest::prelude::*;
 use super::*;
 use crate::roster::Update::{Diff, Snapshot};
 
+#[test]
+fn a_crowd_of_peers_that_nobody_asked_for_has_a_limit_and_destinations_do_not_suffer() {
+    let mut table = Table::connected();
+    let crowd = 1..=MAX_PEERS as u128;
+    let peer_updates = crowd.map(|number| update(number, Kind::ReadyForHandshake, None)).collect();
+    let response = CoordinateResponse { peer_updates, error: String::new() };
+    assert_eq!(table.coordination.handle_response(table.now, &response, |_| None).ignored, []);
+    let stranger = MAX_PEERS as u128 + 1;
+    for (kind, node) in [(Kind::ReadyForHandshake, None), (Kind::Node, Some(node(1, 1)))] {
+        let outcome = table.update(stranger, kind, node);
+        let ignored = Ignored { peer: Some(id(stranger)), reason: IgnoredReason::TooMany };
+        assert_eq!((outcome.ignored, outcome.map_changed), (vec![ignored], false));
+    }
+    assert!(table.update(1, Kind::Node, Some(node(1, 1))).map_changed, "who is known may still say more");
+    table.want(&[stranger], Diff);
+    assert!(table.update(stranger, Kind::Node, Some(node(2, 1))).ignored.is_empty());
+}
+
 /// What happens to the one peer of a row.
 #[derive(Debug, Clone, Copy)]
 enum Event {

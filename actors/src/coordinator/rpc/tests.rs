@@ -65,6 +65,18 @@ async fn a_message_of_another_schema_is_an_error() {
     assert!(matches!(asking.await.unwrap(), Err(CallError::Malformed(_))));
 }
 
+#[tokio::test]
+async fn a_message_that_would_fill_the_memory_once_it_is_unpacked_is_not() {
+    let mut rig = Rig::new();
+    let (_requests, mut answers) =
+        rig.rpc.bidirectional::<CoordinateRequest, CoordinateResponse>(Method::Coordinate).await.unwrap();
+    let mut call = rig.call("Coordinate").await;
+    // Empty peers take two bytes each on the wire.
+    call.write(Kind::Message, &[0x0a, 0x00].repeat(100_000)).await;
+    let error = answers.next().await.unwrap_err();
+    assert!(matches!(error, CallError::Protocol(DrpcError::TooHeavy(_))), "{error}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_question_without_an_answer_has_a_deadline() {
     let mut rig = Rig::new();
