@@ -26,6 +26,7 @@ use warren_proto::tailnet;
 
 pub use self::{
     answer::BUILD_VERSION,
+    coordinator::ReplicaHealth,
     fault::{CallFault, Check, Endpoint, HttpFault, Method, Times},
     record::{Connection, Ended, Recording, Request},
     relay_map::{EMBEDDED_REGION, FIRST_FURTHER_REGION},
@@ -72,7 +73,7 @@ impl State {
             user: crate::random_id(),
             deployment: crate::random_id(),
             relay,
-            coordinator: Arc::default(),
+            coordinator: Arc::new(Coordinator::new(options.replicas)),
             workspaces: watch::Sender::default(),
             relay_map: watch::Sender::new(map),
             url,
@@ -277,6 +278,11 @@ impl Control {
     /// Ends [`Control::close_coordinator`].
     pub fn reopen_coordinator(&self) {
         self.0.coordinator.reopen();
+    }
+
+    /// Changes how one of [`LabOptions::replicas`] does, counted from 0.
+    pub fn set_replica(&self, number: usize, health: ReplicaHealth) {
+        self.0.coordinator.set_replica(number, health);
     }
 
     // What the deployment says.

@@ -47,7 +47,8 @@ pub use self::{
     agent::{AgentStats, End},
     control::{
         BUILD_VERSION, CallFault, Check, Connection, Control, EMBEDDED_REGION, Ended, Endpoint,
-        FIRST_FURTHER_REGION, HttpFault, Method, Recording, Request, Status, Times, Workspace, Workspaces,
+        FIRST_FURTHER_REGION, HttpFault, Method, Recording, ReplicaHealth, Request, Status, Times, Workspace,
+        Workspaces,
     },
     relay::Relay,
 };
@@ -90,6 +91,9 @@ pub struct LabOptions {
     pub relay_keep_alive: Duration,
     /// How long resume tokens are good.
     pub resume_lifetime: Duration,
+    /// How many replicas of the coordinator share its work; 0 is a coordinator on its own, the only one that
+    /// can pretend, repeat, inject and hold back.
+    pub replicas: usize,
 }
 
 impl Default for LabOptions {
@@ -111,6 +115,7 @@ impl Default for LabOptions {
             yamux_keepalive: Duration::from_secs(30),
             relay_keep_alive: Duration::from_secs(60),
             resume_lifetime: Duration::from_secs(24 * 60 * 60),
+            replicas: 0,
         }
     }
 }

@@ -135,6 +135,31 @@ async fn an_agent_answers_probes_and_echoes_over_its_relay() {
     lab.stop().await;
 }
 
+/// Conforms: control:K19
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn traffic_goes_on_in_the_same_session_when_replicas_close_or_fail() {
+    let lab = Lab::start(LabOptions { agents: 1, replicas: 2, ..LabOptions::default() }).await.unwrap();
+    let agent = lab.agents()[0].clone();
+    assert!(lab.wait_for_agent(agent.id, LIMIT, |stats| stats.relay_logins > 0).await);
+    let mut peer = Peer::join(&lab, agent.id).await;
+    assert_eq!(peer.echo(agent.address).await.get(40), Some(&129));
+    // The peer's replica, then the one at which both are by then.
+    let ends = [
+        (1, ReplicaHealth::Closed, "coordinator closed"),
+        (0, ReplicaHealth::Unhealthy, "coordinator unhealthy"),
+    ];
+    for (replica, health, text) in ends {
+        lab.control().set_replica(replica, health);
+        assert_eq!(peer.last_words().await, [text], "and nobody is gone");
+        (_, peer.to_peer) = coordinate(&lab, &peer.own, agent.id).await;
+        assert_eq!(peer.echo(agent.address).await.get(40), Some(&129));
+        lab.control().set_replica(replica, ReplicaHealth::Serving);
+    }
+    // An agent forgets the session of a peer that is gone, not of one that is lost.
+    assert_eq!(lab.agent_stats(agent.id).handshakes, 1);
+    lab.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_agents_come_up_and_end_and_none_holds_a_socket() {
     let lab = Lab::start(LabOptions { agents: 1000, ..LabOptions::default() }).await.unwrap();
@@ -279,6 +304,8 @@ impl Call {
 struct Peer {
     relay: DuplexStream,
     arrived: BytesMut,
+    own: tailnet::CoordinateRequest,
+    to_peer: Responses,
     disco: DiscoPrivate,
     engine: Box<dyn Engine>,
     agent: NodePublic,
@@ -298,23 +325,12 @@ impl Peer {
         let (kind, info) = frame(&mut relay, &mut arrived).await;
         assert!(kind == wire::SERVER_INFO && wire::open_server_info(&node, &server, &info));
 
-        let coordinator = &lab.control.0.coordinator;
-        let (place, mut responses) = coordinator.open(OWN, Auth::Client);
-        coordinator.handle(place, own_node(&node, &disco)).unwrap();
-        coordinator.handle(place, add_tunnel(agent)).unwrap();
-        let mut told = None;
-        loop {
-            let update = timeout(LIMIT, responses.recv()).await.unwrap().unwrap().peer_updates.remove(0);
-            match update.kind() {
-                Kind::Node => told = update.node,
-                Kind::ReadyForHandshake => break,
-                kind => panic!("{kind:?}"),
-            }
-        }
-        let told = told.unwrap();
+        let own = own_node(&node, &disco);
+        let (told, to_peer) = coordinate(lab, &own, agent).await;
         let agent = NodePublic::from_binary(&told.key).unwrap();
         let engine = Engines::new(&node).engine(&agent, 7, std::time::Instant::now());
-        Self { relay, arrived, disco, engine, agent, agent_disco: told.disco.parse().unwrap() }
+        let agent_disco = told.disco.parse().unwrap();
+        Self { relay, arrived, own, to_peer, disco, engine, agent, agent_disco }
     }
 
     async fn send(&mut self, packet: &[u8]) {
@@ -331,6 +347,17 @@ impl Peer {
         }
     }
 
+    /// The errors with which the coordinator ends the stream; there may be readiness before them.
+    async fn last_words(&mut self) -> Vec<String> {
+        let mut words = Vec::new();
+        while let Some(response) = timeout(LIMIT, self.to_peer.recv()).await.unwrap() {
+            let kinds = response.peer_updates.iter().map(tailnet::coordinate_response::PeerUpdate::kind);
+            assert!(kinds.into_iter().all(|kind| kind != Kind::Disconnected));
+            words.extend(Some(response.error).filter(|text| !text.is_empty()));
+        }
+        words
+    }
+
     /// Sends a path probe. Returns the datagram that answers it.
     async fn probe(&mut self) -> Bytes {
         let plain = [[1, 0].as_slice(), &[7; 12], &[0; 32]].concat();
@@ -345,8 +372,10 @@ impl Peer {
         let mut packet = small::echo_request(coder_address(&OWN), to);
         packet.resize(packet.len().next_multiple_of(16), 0);
         let mut out = vec![0; seal_room(packet.len())];
-        let Sealed::Handshake(length) = self.engine.seal(std::time::Instant::now(), &packet, &mut out) else {
-            panic!("a handshake comes first")
+        let (Sealed::Handshake(length) | Sealed::Data(length)) =
+            self.engine.seal(std::time::Instant::now(), &packet, &mut out)
+        else {
+            panic!("nothing waits")
         };
         self.send(&out[..length]).await;
         loop {
@@ -362,6 +391,25 @@ impl Peer {
                 let sealed = out[..length].to_vec();
                 self.send(&sealed).await;
             }
+        }
+    }
+}
+
+type Responses = tokio::sync::mpsc::Receiver<tailnet::CoordinateResponse>;
+
+/// Opens a stream, tells the own node and asks for an agent. Returns its node once it is ready.
+async fn coordinate(lab: &Lab, own: &tailnet::CoordinateRequest, agent: Uuid) -> (tailnet::Node, Responses) {
+    let coordinator = &lab.control.0.coordinator;
+    let (place, mut responses) = coordinator.open(OWN, Auth::Client);
+    coordinator.handle(place, own.clone()).unwrap();
+    coordinator.handle(place, add_tunnel(agent)).unwrap();
+    let mut told = None;
+    loop {
+        let update = timeout(LIMIT, responses.recv()).await.unwrap().unwrap().peer_updates.remove(0);
+        match update.kind() {
+            Kind::Node => told = update.node,
+            Kind::ReadyForHandshake => return (told.unwrap(), responses),
+            kind => panic!("{kind:?}"),
         }
     }
 }

@@ -4,6 +4,7 @@
 //! dropped, as a real coordinator does. The end of a queue means that the stream is closed.
 
 mod authority;
+mod replicas;
 mod tunnels;
 
 #[cfg(test)]
@@ -18,7 +19,8 @@ use tokio::sync::mpsc::{self, error::TrySendError};
 use uuid::Uuid;
 use warren_proto::tailnet::{CoordinateRequest, CoordinateResponse, Node, coordinate_response::PeerUpdate};
 
-use self::{authority::Authority, tunnels::Tunnels};
+pub use self::replicas::ReplicaHealth;
+use self::{authority::Authority, replicas::Replicas, tunnels::Tunnels};
 
 pub(crate) use warren_proto::tailnet::coordinate_response::peer_update::Kind;
 
@@ -75,6 +77,8 @@ struct Inner {
     authority: Authority,
     /// Readiness that is withheld, if it is: agent and client.
     held: Option<Vec<(Uuid, Uuid)>>,
+    /// Serve in place of everything but the authority, if there are any.
+    replicas: Option<Replicas>,
 }
 
 struct Peer {
@@ -88,10 +92,19 @@ struct Peer {
 }
 
 impl Coordinator {
+    /// A coordinator of several replicas; of none, one that keeps everything to itself.
+    pub(crate) fn new(replicas: usize) -> Self {
+        let replicas = (replicas > 0).then(|| Replicas::new(replicas));
+        Self { inner: Mutex::new(Inner { replicas, ..Inner::default() }) }
+    }
+
     /// Opens a stream for a peer. An older stream of the same peer is displaced.
     pub(crate) fn open(&self, id: Uuid, auth: Auth) -> (Place, mpsc::Receiver<CoordinateResponse>) {
-        let (output, responses) = mpsc::channel(OUTPUT_QUEUE);
         let mut inner = self.lock();
+        if let Some(replicas) = &mut inner.replicas {
+            return replicas.open(id, auth);
+        }
+        let (output, responses) = mpsc::channel(OUTPUT_QUEUE);
         inner.streams += 1;
         let place = Place { id, stream: inner.streams };
         if inner.is_closed {
@@ -119,6 +132,9 @@ impl Coordinator {
     /// [`Coordinator::leave`].
     pub(crate) fn handle(&self, place: Place, request: CoordinateRequest) -> Result<Handled, String> {
         let mut inner = self.lock();
+        if let Inner { replicas: Some(replicas), authority, .. } = &mut *inner {
+            return replicas.handle(authority, place, &request);
+        }
         let auth = match inner.peers.get(&place.id) {
             Some(peer) if peer.stream == place.stream => peer.auth,
             // Displaced or dropped: the end of its queue says so.
@@ -153,6 +169,9 @@ impl Coordinator {
     /// Ends a stream; nothing if the peer has another by now.
     pub(crate) fn leave(&self, place: Place, gone: Gone) {
         let mut inner = self.lock();
+        if let Some(replicas) = &mut inner.replicas {
+            return replicas.leave(place, gone);
+        }
         let Some(peer) = inner.peers.get(&place.id).filter(|peer| peer.stream == place.stream) else {
             return;
         };
@@ -164,7 +183,11 @@ impl Coordinator {
 
     /// Lets a peer leave in good order, whoever serves its stream.
     pub(crate) fn say_goodbye(&self, id: Uuid) {
-        self.lock().remove(id, Kind::Disconnected, "graceful disconnect");
+        let mut inner = self.lock();
+        match &mut inner.replicas {
+            Some(replicas) => replicas.say_goodbye(id),
+            None => inner.remove(id, Kind::Disconnected, "graceful disconnect"),
+        }
     }
 
     /// Makes an agent known, so that clients may open tunnels to it.
@@ -228,6 +251,9 @@ impl Coordinator {
     /// Closes the streams of all clients with an error text, or without if it is empty.
     pub(crate) fn drop_clients(&self, text: &str) {
         let mut inner = self.lock();
+        if let Some(replicas) = &mut inner.replicas {
+            return replicas.drop_clients(text);
+        }
         let clients = inner.peers.iter().filter(|(_, peer)| peer.auth == Auth::Client);
         for id in clients.map(|(id, _)| *id).collect::<Vec<_>>() {
             if let Some(peer) = inner.peers.get(&id).filter(|_| !text.is_empty()) {
@@ -240,6 +266,9 @@ impl Coordinator {
     /// Closes everything; streams opened from now on stay silent until [`Coordinator::reopen`].
     pub(crate) fn close(&self) {
         let mut inner = self.lock();
+        if let Some(replicas) = &mut inner.replicas {
+            return replicas.set_all(ReplicaHealth::Closed);
+        }
         for id in inner.peers.keys().copied().collect::<Vec<_>>() {
             if let Some(peer) = inner.peers.get(&id) {
                 let _ = peer.output.try_send(error("coordinator closed".to_owned()));
@@ -253,19 +282,33 @@ impl Coordinator {
     /// Ends [`Coordinator::close`]: the silent streams are closed, new ones are served.
     pub(crate) fn reopen(&self) {
         let mut inner = self.lock();
+        if let Some(replicas) = &mut inner.replicas {
+            return replicas.set_all(ReplicaHealth::Serving);
+        }
         inner.peers.clear();
         inner.is_closed = false;
+    }
+
+    /// Changes how a replica does; nothing if there is no such replica.
+    pub(crate) fn set_replica(&self, number: usize, health: ReplicaHealth) {
+        if let Some(replicas) = &mut self.lock().replicas {
+            replicas.set_health(number, health);
+        }
     }
 
     /// The clients that are connected.
     pub(crate) fn clients(&self) -> Vec<Uuid> {
         let inner = self.lock();
+        if let Some(replicas) = &inner.replicas {
+            return replicas.clients();
+        }
         inner.peers.iter().filter(|(_, peer)| peer.auth == Auth::Client).map(|(id, _)| *id).collect()
     }
 
     /// The tunnels, each source and destination.
     pub(crate) fn tunnels(&self) -> Vec<(Uuid, Uuid)> {
-        self.lock().tunnels.iter().collect()
+        let inner = self.lock();
+        inner.replicas.as_ref().map_or_else(|| inner.tunnels.iter().collect(), Replicas::tunnels)
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
