@@ -6,10 +6,12 @@ pub(crate) mod coordinator;
 pub(crate) mod drpc;
 mod fault;
 pub(crate) mod listener;
+pub(crate) mod map_source;
 mod record;
 pub(crate) mod relay_map;
 mod resume;
 mod rpc;
+mod telemetry;
 mod version;
 mod websocket;
 mod workspaces;
@@ -28,11 +30,16 @@ pub use self::{
     answer::BUILD_VERSION,
     coordinator::ReplicaHealth,
     fault::{CallFault, Check, Endpoint, HttpFault, Method, Times},
-    record::{Connection, Ended, Recording, Request},
-    relay_map::{EMBEDDED_REGION, FIRST_FURTHER_REGION},
+    map_source::MapSource,
+    record::{Connection, Ended, Recording, Report, Reported, Request},
+    relay_map::{EMBEDDED_REGION, FIRST_FURTHER_REGION, MapError},
+    telemetry::Device,
     workspaces::{Status, Workspace, Workspaces},
 };
-use self::{coordinator::Coordinator, coordinator::Kind, fault::Faults, record::Recorder, resume::Tokens};
+use self::{
+    coordinator::Coordinator, coordinator::Kind, fault::Faults, record::Recorder, resume::Tokens,
+    telemetry::Batcher,
+};
 use crate::{LabOptions, relay::Relay, work::Work};
 
 /// Everything of the control plane.
@@ -50,6 +57,7 @@ pub(crate) struct State {
     tokens: Tokens,
     faults: Faults,
     recorder: Recorder,
+    telemetry: Mutex<Batcher>,
     live: Mutex<BTreeMap<usize, Live>>,
     cut_maps: watch::Sender<()>,
     cut_updates: watch::Sender<()>,
@@ -82,6 +90,7 @@ impl State {
             tokens: Tokens::default(),
             faults: Faults::default(),
             recorder: Recorder::default(),
+            telemetry: Mutex::new(Batcher::new(options.telemetry_batch)),
             live: Mutex::default(),
             cut_maps: watch::Sender::new(()),
             cut_updates: watch::Sender::new(()),
@@ -99,6 +108,20 @@ impl State {
 
     fn resume_lifetime(&self) -> Duration {
         *self.resume_lifetime.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn post_telemetry(&self, events: Vec<tailnet::TelemetryEvent>) {
+        let mut batcher = self.telemetry.lock().unwrap_or_else(PoisonError::into_inner);
+        self.recorder.telemetry(events.clone());
+        batcher.post(events).into_iter().for_each(|batch| self.recorder.telemetry_batch(batch));
+    }
+
+    /// Hands on what telemetry waits.
+    pub(crate) fn flush_telemetry(&self) {
+        let mut batcher = self.telemetry.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(batch) = batcher.flush() {
+            self.recorder.telemetry_batch(batch);
+        }
     }
 
     fn live(&self) -> MutexGuard<'_, BTreeMap<usize, Live>> {

@@ -40,15 +40,15 @@ use warren_proto::{
 
 use self::{
     agent::{Agent, HTTP_PORT, Home},
-    control::{State, listener, relay_map},
+    control::{State, listener, map_source, relay_map},
     work::Work,
 };
 pub use self::{
     agent::{AgentStats, End},
     control::{
-        BUILD_VERSION, CallFault, Check, Connection, Control, EMBEDDED_REGION, Ended, Endpoint,
-        FIRST_FURTHER_REGION, HttpFault, Method, Recording, ReplicaHealth, Request, Status, Times, Workspace,
-        Workspaces,
+        BUILD_VERSION, CallFault, Check, Connection, Control, Device, EMBEDDED_REGION, Ended, Endpoint,
+        FIRST_FURTHER_REGION, HttpFault, MapError, MapSource, Method, Recording, ReplicaHealth, Report,
+        Reported, Request, Status, Times, Workspace, Workspaces,
     },
     relay::Relay,
 };
@@ -83,6 +83,18 @@ pub struct LabOptions {
     pub force_websockets: bool,
     /// What is told about direct connections.
     pub disable_direct: bool,
+    /// STUN servers, each `host:port`, that the relay map names; nothing listens there for the lab.
+    pub stun_servers: Vec<String>,
+    /// A relay map to begin with, to which the lab's own regions are added.
+    pub relay_map: Option<MapSource>,
+    /// Whether only browsers may connect, as a licence can say.
+    pub is_browser_only: bool,
+    /// Whether the user owns the deployment.
+    pub is_owner: bool,
+    /// How many telemetry events are handed on together.
+    pub telemetry_batch: usize,
+    /// After how long telemetry events are handed on, if they are fewer.
+    pub telemetry_interval: Duration,
     /// How often websocket clients are pinged, and how long they may take to answer.
     pub websocket_ping: Duration,
     /// How often yamux clients are pinged.
@@ -111,6 +123,12 @@ impl Default for LabOptions {
             api_version: (2, 10),
             force_websockets: false,
             disable_direct: false,
+            stun_servers: Vec::new(),
+            relay_map: None,
+            is_browser_only: false,
+            is_owner: false,
+            telemetry_batch: 1000,
+            telemetry_interval: Duration::from_secs(60),
             websocket_ping: Duration::from_secs(15),
             yamux_keepalive: Duration::from_secs(30),
             relay_keep_alive: Duration::from_secs(60),
@@ -131,6 +149,9 @@ pub enum LabError {
         /// Why not.
         error: io::Error,
     },
+    /// There is no relay map to tell.
+    #[error(transparent)]
+    RelayMap(#[from] MapError),
 }
 
 /// One agent, as others see it.
@@ -175,16 +196,22 @@ impl Lab {
     pub async fn start(options: LabOptions) -> Result<Self, LabError> {
         let work = Work::default();
         let (listener, address) = bind(SocketAddr::new(options.listen, options.port)).await?;
-        let own = Relay::new(options.relay_keep_alive);
+        let embedded = Relay::new(options.relay_keep_alive);
         let mut further = Vec::new();
         for _ in 0..options.further_regions {
             further.push(bind(SocketAddr::new(options.listen, 0)).await?);
         }
         let places: Vec<SocketAddr> = further.iter().map(|(_, address)| *address).collect();
-        let map = relay_map::build(address, &places);
+        let base = match &options.relay_map {
+            Some(source) => map_source::load(source).await?,
+            None => Default::default(),
+        };
+        let own = relay_map::own_regions(address, &places);
+        let stun = (!options.disable_direct).then_some(options.stun_servers.as_slice());
+        let map = relay_map::build(base, own, stun)?;
         let (url, token) = (format!("http://{address}"), random_token());
-        let state = Arc::new(State::new(options, url.clone(), token.clone(), own.clone(), map));
-        let mut relays = vec![(region_number(EMBEDDED_REGION), own)];
+        let state = Arc::new(State::new(options, url.clone(), token.clone(), embedded.clone(), map));
+        let mut relays = vec![(region_number(EMBEDDED_REGION), embedded)];
         for (id, (listener, _)) in (FIRST_FURTHER_REGION..).zip(further) {
             let relay = Relay::new(state.options.relay_keep_alive);
             relays.push((region_number(id), relay.clone()));
@@ -193,6 +220,13 @@ impl Lab {
         }
         let site = listener::Site::Deployment(Arc::clone(&state));
         work.spawn(listener::listen(listener, site, work.clone()));
+        let (telling, every) = (Arc::clone(&state), state.options.telemetry_interval);
+        work.spawn(async move {
+            loop {
+                tokio::time::sleep(every).await;
+                telling.flush_telemetry();
+            }
+        });
         let lab = Self { control: Control(state), url, token, relays, agents: Arc::default(), work };
         let ticking = Arc::clone(&lab.agents);
         lab.work.spawn(agent::tick_all(move |each| {
@@ -424,6 +458,7 @@ impl Lab {
 impl Drop for Lab {
     fn drop(&mut self) {
         self.work.cancel();
+        self.control.0.flush_telemetry();
     }
 }
 

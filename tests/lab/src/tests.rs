@@ -1,5 +1,8 @@
 //! The lab as a client sees it, by a client of its own that knows only the wire.
 
+mod http;
+mod rpc;
+
 use std::{net::Ipv6Addr, time::Duration};
 
 use bytes::{Bytes, BytesMut};
@@ -9,7 +12,7 @@ use tokio::{
     net::TcpStream,
     time::timeout,
 };
-use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::{Message, client::IntoClientRequest};
 use tokio_yamux::{Config, Control as Yamux, Session, StreamHandle};
 use uuid::Uuid;
 use warren_actors::wireguard::{Engine, Engines, Opened, Sealed, open_room, seal_room};
@@ -96,7 +99,7 @@ async fn failures_strike_calls_and_connections_as_they_are_armed() {
     assert!(again.packet().await.is_none());
     control.fail(
         Endpoint::Tailnet,
-        HttpFault::Status(http::StatusCode::FORBIDDEN, "no".to_owned()),
+        HttpFault::Status(::http::StatusCode::FORBIDDEN, "no".to_owned()),
         Times::Next(1),
     );
     assert!(get(&lab, "/api/v2/tailnet?version=2.3", lab.token()).await.starts_with("HTTP/1.1 403"));
@@ -214,16 +217,25 @@ const OWN: Uuid = Uuid::from_u128(0x1234);
 /// A control connection from the client's side.
 struct Client {
     yamux: Yamux,
+    pipe: tokio::task::JoinHandle<()>,
 }
 
 impl Client {
     async fn connect(lab: &Lab, more: &str) -> Self {
+        Self::dial(lab, &format!("version=2.3{more}"), &[]).await
+    }
+
+    async fn dial(lab: &Lab, query: &str, headers: &[(&'static str, &str)]) -> Self {
         let host = lab.url().strip_prefix("http://").unwrap();
         let stream = TcpStream::connect(host).await.unwrap();
-        let uri = format!("ws://{host}/api/v2/tailnet?version=2.3&coder_session_token={}{more}", lab.token());
-        let (socket, _) = tokio_tungstenite::client_async(uri, stream).await.unwrap();
+        let uri = format!("ws://{host}/api/v2/tailnet?{query}&coder_session_token={}", lab.token());
+        let mut request = uri.into_client_request().unwrap();
+        for (name, value) in headers {
+            request.headers_mut().append(*name, value.parse().unwrap());
+        }
+        let (socket, _) = tokio_tungstenite::client_async(request, stream).await.unwrap();
         let (near, far) = tokio::io::duplex(256 * 1024);
-        tokio::spawn(async move {
+        let pipe = tokio::spawn(async move {
             let (mut sink, mut messages) = socket.split();
             let (mut read, mut write) = tokio::io::split(far);
             let mut buffer = vec![0; 64 * 1024];
@@ -247,15 +259,19 @@ impl Client {
         let mut session = Session::new_client(near, Config::default());
         let yamux = session.control();
         tokio::spawn(async move { while session.next().await.is_some() {} });
-        Self { yamux }
+        Self { yamux, pipe }
+    }
+
+    /// Ends the connection without a word.
+    fn hang_up(self) {
+        self.pipe.abort();
     }
 
     /// Makes a call on a stream of its own and says its first message.
     async fn ask(&mut self, method: Method, request: &impl prost::Message) -> Call {
         let mut call =
-            Call { stream: self.yamux.open_stream().await.unwrap(), reader: Reader::default(), said: 0 };
-        call.write(drpc::INVOKE, method.path().as_bytes()).await;
-        call.say(request).await;
+            Call { stream: self.yamux.open_stream().await.unwrap(), reader: Reader::default(), id: (1, 0) };
+        call.begin(method, request).await;
         call
     }
 }
@@ -263,18 +279,31 @@ impl Client {
 struct Call {
     stream: StreamHandle,
     reader: Reader,
-    said: u64,
+    /// The call on its stream, and the last message of it.
+    id: (u64, u64),
 }
 
 impl Call {
+    async fn begin(&mut self, method: Method, request: &impl prost::Message) {
+        self.write(drpc::INVOKE, method.path().as_bytes()).await;
+        self.say(request).await;
+    }
+
+    /// Ends this call and makes another on the same stream.
+    async fn next(&mut self, method: Method, request: &impl prost::Message) {
+        self.write(drpc::CLOSE, &[]).await;
+        self.id = (self.id.0 + 1, 0);
+        self.begin(method, request).await;
+    }
+
     async fn say(&mut self, message: &impl prost::Message) {
         self.write(drpc::MESSAGE, &message.encode_to_vec()).await;
     }
 
     async fn write(&mut self, kind: u8, data: &[u8]) {
-        self.said += 1;
+        self.id.1 += 1;
         let mut frame = BytesMut::new();
-        drpc::put_frame(&mut frame, kind << 1 | 1, (1, self.said), data);
+        drpc::put_frame(&mut frame, kind << 1 | 1, self.id, data);
         self.stream.write_all(&frame).await.unwrap();
     }
 

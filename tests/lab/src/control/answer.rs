@@ -98,13 +98,14 @@ pub(crate) fn finish(answer: &mut Answer) {
 }
 
 /// `users/me`
-pub(crate) fn user(id: Uuid, name: &str) -> Value {
+pub(crate) fn user(id: Uuid, name: &str, is_owner: bool) -> Value {
     const CREATED: &str = "2026-01-01T00:00:00Z";
+    let roles = if is_owner { json!([{ "name": "owner", "display_name": "Owner" }]) } else { json!([]) };
     json!({
         "id": id.to_string(), "username": name, "name": name, "email": format!("{name}@example.com"),
         "created_at": CREATED, "updated_at": CREATED, "last_seen_at": CREATED,
         "status": "active", "login_type": "password",
-        "organization_ids": [Uuid::from_u128(1).to_string()], "roles": [], "has_ai_seat": false,
+        "organization_ids": [Uuid::from_u128(1).to_string()], "roles": roles, "has_ai_seat": false,
     })
 }
 

@@ -386,15 +386,18 @@ impl Inner {
     }
 
     fn tell(&mut self, to: Uuid, updates: Vec<PeerUpdate>) {
-        for chunk in updates.chunks(CHUNK) {
+        if updates.is_empty() {
+            return;
+        }
+        for response in chunked(CoordinateResponse { peer_updates: updates, error: String::new() }) {
             if let Some(peer) = self.peers.get_mut(&to) {
-                for update in chunk {
+                for update in &response.peer_updates {
                     if let (Ok(about), Some(node)) = (Uuid::from_slice(&update.id), &update.node) {
                         peer.sent.insert(about, node.clone());
                     }
                 }
             }
-            self.respond(to, CoordinateResponse { peer_updates: chunk.to_vec(), error: String::new() });
+            self.respond(to, response);
         }
     }
 
@@ -415,6 +418,18 @@ fn uuid(bytes: &[u8]) -> Result<Uuid, String> {
 
 fn no_tunnel(other: Uuid) -> CoordinateResponse {
     error(format!("ready for handshake error: you do not share a tunnel with {:?}", other.to_string()))
+}
+
+/// Cuts a response so that none holds more than [`CHUNK`] updates; its error comes with the last.
+pub(crate) fn chunked(mut response: CoordinateResponse) -> Vec<CoordinateResponse> {
+    let mut chunks = Vec::new();
+    while response.peer_updates.len() > CHUNK {
+        let rest = response.peer_updates.split_off(CHUNK);
+        let peer_updates = std::mem::replace(&mut response.peer_updates, rest);
+        chunks.push(CoordinateResponse { peer_updates, error: String::new() });
+    }
+    chunks.push(response);
+    chunks
 }
 
 fn error(text: String) -> CoordinateResponse {

@@ -10,13 +10,14 @@ use hyper::{body::Incoming, service::service_fn, upgrade::OnUpgrade};
 use hyper_util::rt::TokioIo;
 use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
-use uuid::Uuid;
 
 use super::{
     State,
     answer::{self, Answer, SIGNED_OUT},
     fault::{Check, Endpoint, HttpFault},
-    record, relay_map, rpc, version, websocket,
+    record, relay_map, rpc,
+    telemetry::{self, Device},
+    version, websocket,
 };
 use crate::{relay, work::Work};
 
@@ -193,9 +194,10 @@ fn deployment(state: &Arc<State>, work: &Work, path: &str, request: Request<Inco
         }
         "/api/v2/experiments" => answer::json(StatusCode::OK, &json!([])),
         "/api/v2/users/me" => match authenticate(state, &request) {
-            Visitor::Welcome => {
-                answer::json(StatusCode::OK, &answer::user(state.user, &state.options.username))
-            }
+            Visitor::Welcome => answer::json(
+                StatusCode::OK,
+                &answer::user(state.user, &state.options.username, state.options.is_owner),
+            ),
             Visitor::Refused(answer) => *answer,
         },
         "/api/v2/workspaceagents/connection" => connection_info(state, &request),
@@ -283,7 +285,7 @@ fn tailnet(state: &Arc<State>, work: &Work, mut request: Request<Incoming>) -> A
             "User is not active (status = \"suspended\"). Contact an admin to reactivate your account.";
         return answer::unauthorized(&state.url(), "is invalid", &json!({ "message": message }));
     }
-    if fails(Check::Browser) {
+    if fails(Check::Browser) || state.options.is_browser_only {
         return answer::error(
             StatusCode::CONFLICT,
             "Non-browser connections are disabled for your deployment.",
@@ -330,17 +332,19 @@ fn tailnet(state: &Arc<State>, work: &Work, mut request: Request<Incoming>) -> A
         Err(refusal) => refusal,
         Ok(answer) => {
             let upgrade = hyper::upgrade::on(&mut request);
-            start_control(state, work, peer, upgrade);
+            let device = request.headers().get(telemetry::HEADER).and_then(|value| value.to_str().ok());
+            let visit = rpc::Visit { peer, device: device.and_then(Device::parse) };
+            start_control(state, work, visit, upgrade);
             answer
         }
     }
 }
 
-fn start_control(state: &Arc<State>, work: &Work, peer: Uuid, upgrade: OnUpgrade) {
+fn start_control(state: &Arc<State>, work: &Work, visit: rpc::Visit, upgrade: OnUpgrade) {
     let (state, inner) = (Arc::clone(state), work.clone());
     work.spawn(async move {
         let Ok(stream) = upgrade.await else { return };
-        rpc::serve(state, inner, peer, TokioIo::new(stream)).await;
+        rpc::serve(state, inner, visit, TokioIo::new(stream)).await;
     });
 }
 

@@ -9,6 +9,8 @@ use tokio::sync::watch;
 use uuid::Uuid;
 use warren_proto::tailnet;
 
+use super::telemetry::Device;
+
 /// Entries of each kind that are kept; beyond it the record stands still.
 const MAX_ENTRIES: usize = 100_000;
 
@@ -45,6 +47,12 @@ impl Request {
 pub struct Connection {
     /// The peer's ID on it, which is never told to the client.
     pub peer: Uuid,
+    /// The name under which the coordinator has the peer.
+    pub name: String,
+    /// Who connected.
+    pub user: Uuid,
+    /// The machine that connected, if it says so.
+    pub device: Option<Device>,
     /// The paths of the calls that were made, in order.
     pub calls: Vec<String>,
     /// Every coordination request, in order.
@@ -64,6 +72,28 @@ pub enum Ended {
     Lost,
 }
 
+/// What a deployment tells of its clients' comings and goings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// What happened.
+    pub what: Reported,
+    /// Who it was.
+    pub user: Uuid,
+    /// The peer's ID, the same for both reports of a connection.
+    pub peer: Uuid,
+    /// The machine, if it said so.
+    pub device: Option<Device>,
+}
+
+/// What a [`Report`] is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reported {
+    /// A control connection began.
+    Connected,
+    /// A control connection ended.
+    Disconnected,
+}
+
 /// Everything that was recorded.
 #[derive(Clone, Debug, Default)]
 pub struct Recording {
@@ -73,6 +103,10 @@ pub struct Recording {
     pub connections: Vec<Connection>,
     /// Telemetry events that were posted.
     pub telemetry: Vec<tailnet::TelemetryEvent>,
+    /// The same events as they are handed on: when a batch is full, by a timer, and at the end of the lab.
+    pub telemetry_batches: Vec<Vec<tailnet::TelemetryEvent>>,
+    /// Connections that began and ended.
+    pub reports: Vec<Report>,
 }
 
 pub(crate) struct Recorder {
@@ -105,8 +139,11 @@ impl Recorder {
     }
 
     /// Adds a connection and returns its place.
-    pub(crate) fn connection(&self, peer: Uuid) -> usize {
-        self.write(|recording| push(&mut recording.connections, Connection { peer, ..Connection::default() }))
+    pub(crate) fn connection(&self, connection: Connection) -> usize {
+        self.write(|recording| {
+            push(&mut recording.reports, report(&connection, Reported::Connected));
+            push(&mut recording.connections, connection)
+        })
     }
 
     pub(crate) fn call(&self, connection: usize, path: &str) {
@@ -118,9 +155,12 @@ impl Recorder {
     }
 
     pub(crate) fn ended(&self, connection: usize, ended: Ended) {
-        self.on_connection(connection, |connection| {
-            connection.ended.get_or_insert(ended);
-            0
+        self.write(|recording| {
+            let Some(connection) = recording.connections.get_mut(connection) else { return };
+            if connection.ended.is_none() {
+                connection.ended = Some(ended);
+                push(&mut recording.reports, report(connection, Reported::Disconnected));
+            }
         });
     }
 
@@ -130,6 +170,10 @@ impl Recorder {
                 push(&mut recording.telemetry, event);
             });
         });
+    }
+
+    pub(crate) fn telemetry_batch(&self, batch: Vec<tailnet::TelemetryEvent>) {
+        self.write(|recording| push(&mut recording.telemetry_batches, batch));
     }
 
     /// Waits until the recording satisfies `accept`, at most `limit`. Returns what it made of it.
@@ -164,6 +208,10 @@ impl Recorder {
         self.changed.send_replace(());
         outcome
     }
+}
+
+fn report(connection: &Connection, what: Reported) -> Report {
+    Report { what, user: connection.user, peer: connection.peer, device: connection.device.clone() }
 }
 
 fn push<T>(entries: &mut Vec<T>, entry: T) -> usize {

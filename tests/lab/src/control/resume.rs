@@ -56,6 +56,10 @@ impl Tokens {
 
     /// The peer that a token stands for; `None` is a new one. An error is the detail of the refusal.
     pub(crate) fn verify(&self, token: &str) -> Result<Option<Uuid>, String> {
+        self.verify_at(token, now())
+    }
+
+    fn verify_at(&self, token: &str, now: u64) -> Result<Option<Uuid>, String> {
         let parts: Vec<&str> = token.split('.').collect();
         let [header, claims, signature] = parts.as_slice() else {
             return Err(
@@ -87,7 +91,7 @@ impl Tokens {
             return Err("verify payload: verify payload: go-jose/go-jose: error in cryptographic primitive"
                 .to_owned());
         }
-        if expires + LEEWAY < now() {
+        if expires + LEEWAY < now {
             return Err(
                 "verify payload: go-jose/go-jose/jwt: validation failed, token is expired (exp)".to_owned()
             );
@@ -113,15 +117,34 @@ fn now() -> u64 {
 mod tests {
     use super::*;
 
+    /// Conforms: control:R10
     #[test]
     fn a_token_leads_back_to_its_peer_any_number_of_times_and_has_a_deployments_length() {
         let tokens = Tokens::default();
         let peer = crate::random_id();
+        let before = now() as i64;
         let issued = tokens.issue(peer, Duration::from_secs(86_400));
         assert_eq!(issued.token.len(), 206);
         assert_eq!(issued.refresh_in.unwrap().seconds, 43_200);
+        let lifetime = issued.expires_at.unwrap().seconds - before;
+        assert!((86_400..86_430).contains(&lifetime), "{lifetime}");
         assert_eq!(tokens.verify(&issued.token), Ok(Some(peer)));
         assert_eq!(tokens.verify(&issued.token), Ok(Some(peer)));
+    }
+
+    /// Conforms: control:R11
+    #[test]
+    fn a_token_that_is_over_garbage_or_signed_by_another_is_worth_nothing() {
+        let tokens = Tokens::default();
+        let peer = crate::random_id();
+        let issued = tokens.issue(peer, Duration::from_secs(600));
+        let end = u64::try_from(issued.expires_at.unwrap().seconds).unwrap();
+        assert_eq!(tokens.verify_at(&issued.token, end + LEEWAY), Ok(Some(peer)));
+        let over = tokens.verify_at(&issued.token, end + LEEWAY + 1).unwrap_err();
+        assert!(over.ends_with("token is expired (exp)"), "{over}");
+        assert!(tokens.verify("garbage").unwrap_err().contains("must have three parts"));
+        let foreign = Tokens::default().issue(peer, Duration::from_secs(600));
+        assert!(tokens.verify(&foreign.token).unwrap_err().contains("cryptographic primitive"));
     }
 
     #[test]

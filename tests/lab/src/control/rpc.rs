@@ -18,6 +18,8 @@ use super::{
     coordinator::{Auth, Gone, Place},
     drpc::{self, Packet, Reader, Writer},
     fault::{CallFault, Method},
+    record::Connection,
+    telemetry::Device,
     websocket,
     workspaces::Workspaces,
 };
@@ -26,8 +28,16 @@ use crate::work::Work;
 /// Packets of one transport that wait; a client that sends more while none is taken is cut off.
 const PACKETS: usize = 8192;
 const UNIMPLEMENTED: u64 = 12;
+/// Every user's client has this name at the coordinator.
+const CLIENT: &str = "client";
 
 type Sink = Writer<WriteHalf<StreamHandle>>;
+
+/// Who comes to a new connection.
+pub(super) struct Visit {
+    pub(super) peer: Uuid,
+    pub(super) device: Option<Device>,
+}
 
 /// What calls know of their connection.
 #[derive(Clone)]
@@ -38,11 +48,18 @@ struct Context {
 }
 
 /// Serves a connection until either side ends it.
-pub(super) async fn serve<S>(state: Arc<State>, work: Work, peer: Uuid, stream: S)
+pub(super) async fn serve<S>(state: Arc<State>, work: Work, visit: Visit, stream: S)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let connection = state.recorder.connection(peer);
+    let Visit { peer, device } = visit;
+    let connection = state.recorder.connection(Connection {
+        peer,
+        device,
+        name: CLIENT.to_owned(),
+        user: state.user,
+        ..Connection::default()
+    });
     let work = work.child();
     let (close, closes) = mpsc::channel(4);
     state.live().insert(connection, Live { work: work.clone(), close });
@@ -194,7 +211,7 @@ async fn call(
             let Some(tailnet::TelemetryRequest { events }) = request(incoming, writer).await? else {
                 return Ok(());
             };
-            context.state.recorder.telemetry(events);
+            context.state.post_telemetry(events);
             unary(writer, &tailnet::TelemetryResponse {}).await
         }
     }
