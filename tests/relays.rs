@@ -107,6 +107,24 @@ fn a_map_without_the_home_region_moves_home_and_a_node_update_says_so() {
     world.reaches(&stale);
 }
 
+/// Conforms: control:D10
+#[test]
+fn a_running_client_and_running_agents_follow_a_changed_map() {
+    let options = LabOptions { further_regions: 1, agents_follow_map: true, ..spread(2) };
+    let world = World::start(options);
+    world.relay(FIRST_FURTHER_REGION).set_latency(FAR);
+    world.bring_up();
+    world.reaches(&world.agents());
+    eventually("the nearest is home", || world.home() == Some(EMBEDDED_REGION));
+
+    let mut map = world.deployment.control().relay_map();
+    map.regions.remove(&EMBEDDED_REGION);
+    world.deployment.control().set_relay_map(map);
+
+    eventually("the other region is home", || world.home() == Some(FIRST_FURTHER_REGION));
+    world.reaches(&world.agents());
+}
+
 /// Conforms: data:20.2.8
 #[test]
 fn an_agent_that_starts_anew_is_reached_under_its_new_keys_and_its_old_ones_are_forgotten() {

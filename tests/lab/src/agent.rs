@@ -18,7 +18,7 @@ use std::{
 use bytes::BytesMut;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
-    sync::{Notify, mpsc},
+    sync::{Notify, mpsc, watch},
     time::sleep_until,
 };
 use uuid::Uuid;
@@ -58,6 +58,7 @@ pub(crate) struct Home {
 /// A running agent.
 pub(crate) struct Agent {
     core: Arc<Shared>,
+    homes: watch::Sender<(u16, Relay)>,
     work: Work,
 }
 
@@ -107,9 +108,16 @@ impl Agent {
         let work = work.child();
         let core = Core::new(id, title, home.region, Arc::clone(&counters));
         let core = Arc::new(Shared { core: Mutex::new(core), wake: Notify::new() });
+        let Home { region, relay, coordinator } = home;
+        let (homes, moves) = watch::channel((region, relay));
         let (shared, inner) = (Arc::clone(&core), work.clone());
-        work.spawn(async move { run(id, shared, home, inner, counters).await });
-        Self { core, work }
+        work.spawn(async move { run(id, shared, coordinator, moves, inner, counters).await });
+        Self { core, homes, work }
+    }
+
+    /// Moves to another home; peers hear of it once the agent is there.
+    pub(crate) fn move_to(&self, region: u16, relay: Relay) {
+        self.homes.send_replace((region, relay));
     }
 
     /// The node key of this life.
@@ -166,16 +174,25 @@ struct Membership {
     coordinator: Arc<Coordinator>,
     place: Place,
     responses: mpsc::Receiver<CoordinateResponse>,
+    /// The home region that the coordinator knows.
+    told: Option<u16>,
 }
 
 impl Membership {
-    fn join(id: Uuid, home: &Home, core: &Core) -> Self {
-        let coordinator = Arc::clone(&home.coordinator);
+    fn join(id: Uuid, coordinator: &Arc<Coordinator>, core: &Core) -> Self {
+        let coordinator = Arc::clone(coordinator);
         let (place, responses) = coordinator.open(id, Auth::Agent);
-        let member = Self { coordinator, place, responses };
-        let update_self = Some(UpdateSelf { node: Some(core.node_message()) });
-        member.say(CoordinateRequest { update_self, ..CoordinateRequest::default() });
+        let mut member = Self { coordinator, place, responses, told: None };
+        member.say_home(core);
         member
+    }
+
+    /// Tells the node, unless its home has been told.
+    fn say_home(&mut self, core: &Core) {
+        if self.told.replace(core.region()) != Some(core.region()) {
+            let update_self = Some(UpdateSelf { node: Some(core.node_message()) });
+            self.say(CoordinateRequest { update_self, ..CoordinateRequest::default() });
+        }
     }
 
     fn say(&self, request: CoordinateRequest) {
@@ -199,17 +216,34 @@ impl Drop for Membership {
     }
 }
 
-async fn run(id: Uuid, shared: Arc<Shared>, home: Home, work: Work, counters: Arc<Counters>) {
+async fn run(
+    id: Uuid,
+    shared: Arc<Shared>,
+    coordinator: Arc<Coordinator>,
+    mut homes: watch::Receiver<(u16, Relay)>,
+    work: Work,
+    counters: Arc<Counters>,
+) {
     let mut member = None;
     loop {
-        let mut pipe = connect(&home.relay, &work);
-        if let Some(buffer) = log_in(&shared, &mut pipe).await {
-            core::count(&counters.relay_logins, 1);
-            // Only who can be reached says where.
-            let member = member.get_or_insert_with(|| Membership::join(id, &home, &shared.lock()));
-            serve(id, &shared, &home, member, pipe, buffer).await;
+        let (region, relay) = homes.borrow_and_update().clone();
+        shared.lock().move_to(region);
+        let at_home = async {
+            let mut pipe = connect(&relay, &work);
+            if let Some(buffer) = log_in(&shared, &mut pipe).await {
+                core::count(&counters.relay_logins, 1);
+                // Only who can be reached says where.
+                let join = || Membership::join(id, &coordinator, &shared.lock());
+                let member = member.get_or_insert_with(join);
+                member.say_home(&shared.lock());
+                serve(id, &shared, member, pipe, buffer).await;
+            }
+            tokio::time::sleep(PAUSE).await;
+        };
+        tokio::select! {
+            () = at_home => {}
+            Ok(()) = homes.changed() => {}
         }
-        tokio::time::sleep(PAUSE).await;
     }
 }
 
@@ -252,7 +286,6 @@ async fn log_in(shared: &Shared, pipe: &mut DuplexStream) -> Option<BytesMut> {
 async fn serve(
     id: Uuid,
     shared: &Shared,
-    home: &Home,
     member: &mut Membership,
     mut pipe: DuplexStream,
     mut buffer: BytesMut,
@@ -277,7 +310,8 @@ async fn serve(
                 None => {
                     // Displaced, or the coordinator has closed.
                     tokio::time::sleep(PAUSE).await;
-                    *member = Membership::join(id, home, &shared.lock());
+                    let coordinator = Arc::clone(&member.coordinator);
+                    *member = Membership::join(id, &coordinator, &shared.lock());
                 }
             },
             () = shared.wake.notified() => {}

@@ -30,12 +30,13 @@ use std::{
     time::Duration,
 };
 
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::watch};
 use uuid::Uuid;
 use warren_proto::{
     address::coder_address,
     key::{NodePublic, random},
     name::{self, DEFAULT_SUFFIX, OnlyAgent},
+    tailnet::DerpMap,
 };
 
 use self::{
@@ -77,6 +78,8 @@ pub struct LabOptions {
     pub further_regions: usize,
     /// Whether the agents' homes are spread over all regions.
     pub spread_agents: bool,
+    /// Whether agents whose home leaves the relay map move to the first region that is left.
+    pub agents_follow_map: bool,
     /// The tailnet API that is spoken.
     pub api_version: (i64, i64),
     /// What is told about websockets to relays.
@@ -120,6 +123,7 @@ impl Default for LabOptions {
             agent_name: "main".to_owned(),
             further_regions: 0,
             spread_agents: false,
+            agents_follow_map: false,
             api_version: (2, 10),
             force_websockets: false,
             disable_direct: false,
@@ -232,6 +236,10 @@ impl Lab {
         lab.work.spawn(agent::tick_all(move |each| {
             lock(&ticking).iter().filter_map(|slot| slot.running.as_ref()).for_each(each);
         }));
+        if lab.control.0.options.agents_follow_map {
+            let maps = lab.control.0.relay_map.subscribe();
+            lab.work.spawn(follow_map(maps, lab.relays.clone(), Arc::clone(&lab.agents)));
+        }
         lab.populate();
         Ok(lab)
     }
@@ -459,6 +467,29 @@ impl Drop for Lab {
     fn drop(&mut self) {
         self.work.cancel();
         self.control.0.flush_telemetry();
+    }
+}
+
+/// Moves agents whose home is not in the map any more.
+async fn follow_map(
+    mut maps: watch::Receiver<DerpMap>,
+    relays: Vec<(u16, Relay)>,
+    agents: Arc<Mutex<Vec<Slot>>>,
+) {
+    while maps.changed().await.is_ok() {
+        let map = maps.borrow_and_update().clone();
+        let is_there = |(region, _): &(u16, Relay)| map.regions.contains_key(&i64::from(*region));
+        let Some((place, (region, relay))) = relays.iter().enumerate().find(|(_, home)| is_there(home))
+        else {
+            continue;
+        };
+        let mut agents = lock(&agents);
+        for slot in agents.iter_mut().filter(|slot| !relays.get(slot.region).is_some_and(is_there)) {
+            slot.region = place;
+            if let Some(agent) = &slot.running {
+                agent.move_to(*region, relay.clone());
+            }
+        }
     }
 }
 

@@ -109,6 +109,15 @@ impl Core {
         self.public
     }
 
+    pub(super) fn region(&self) -> u16 {
+        self.region
+    }
+
+    /// Has its home in another region from now on.
+    pub(super) fn move_to(&mut self, region: u16) {
+        self.region = region;
+    }
+
     /// Makes the agent deaf and dumb inside the tunnel: packets and probes are swallowed.
     pub(super) fn mute(&mut self, is_mute: bool) {
         self.is_mute = is_mute;

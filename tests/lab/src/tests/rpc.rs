@@ -194,6 +194,34 @@ async fn a_token_is_to_be_refreshed_after_half_its_life() {
     assert_eq!(peers[0], peers[1]);
 }
 
+/// Conforms: control:D10
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_hear_of_a_changed_map_and_agents_follow_it_to_another_home() {
+    let options = LabOptions { agents: 1, further_regions: 1, agents_follow_map: true, ..Default::default() };
+    let lab = Lab::start(options).await.unwrap();
+    let (control, agent) = (lab.control(), lab.agents()[0].id);
+    let key = lab.agent_key(agent).unwrap();
+    assert!(lab.relay().wait_for(&key, true, LIMIT).await);
+    let mut clients = [Client::connect(&lab, "").await, Client::connect(&lab, "").await];
+    let mut maps = [maps(&mut clients[0]).await, maps(&mut clients[1]).await];
+    let whole = control.relay_map();
+    for stream in &mut maps {
+        assert_eq!(stream.hear::<tailnet::DerpMap>().await, whole);
+    }
+    let mut peers = clients[0].ask(Method::Coordinate, &add_tunnel(agent)).await;
+    assert_eq!(home(&peers.hear().await), EMBEDDED_REGION);
+
+    let mut map = whole.clone();
+    map.regions.remove(&EMBEDDED_REGION);
+    control.set_relay_map(map.clone());
+    for stream in &mut maps {
+        assert_eq!(stream.hear::<tailnet::DerpMap>().await, map);
+    }
+    assert_eq!(home(&peers.hear().await), FIRST_FURTHER_REGION);
+    let further = lab.relays()[1].1.clone();
+    assert!(further.wait_for(&key, true, LIMIT).await && lab.relay().wait_for(&key, false, LIMIT).await);
+}
+
 /// Conforms: control:W8
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_first_update_tells_of_everything_there_is() {
@@ -330,6 +358,11 @@ impl View {
 
 async fn lab(agents: usize) -> Lab {
     Lab::start(LabOptions { agents, ..LabOptions::default() }).await.unwrap()
+}
+
+/// The home region that a node update tells.
+fn home(response: &Response) -> i64 {
+    response.peer_updates[0].node.as_ref().unwrap().preferred_derp.into()
 }
 
 async fn maps(client: &mut Client) -> Call {
