@@ -10,6 +10,7 @@ use futures::{FutureExt, future::BoxFuture};
 use secrecy::SecretString;
 use tokio::{
     sync::Semaphore,
+    task::unconstrained,
     time::{Instant, sleep_until},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -299,25 +300,40 @@ impl Ear {
     async fn listen(self, mut inbox: Inbox<TunnelMessage>) {
         let (answers, mut resync) = (Tasks::default(), Resync::default());
         loop {
-            tokio::select! {
+            let (incoming, turn) = tokio::select! {
                 incoming = inbox.recv() => match incoming {
-                    Some(incoming) => self.hear(&answers, &mut resync, incoming),
+                    // If the tunnel has answered before it said this, the answer is there by now.
+                    Some(incoming) => {
+                        let turn = unconstrained(resync.turn(&self.started)).now_or_never();
+                        (Some(incoming), turn)
+                    }
                     None => return,
                 },
-                turn = resync.turn(&self.started) => match turn {
-                    Turn::Due => resync.ask(self.speaker.clone()),
-                    Turn::Answered(None) => resync.is_wanted = true,
-                    Turn::Answered(Some(everything)) => {
-                        self.replace(everything);
-                        // What waits was said around the answer. Taken after it in its order it leads to what is
-                        // now, whichever came first; that it may not fit meanwhile means nothing.
-                        while let Some(Some(incoming)) = inbox.recv().now_or_never() {
-                            self.hear(&answers, &mut resync, incoming);
-                        }
-                        resync.is_wanted = false;
-                    }
-                },
+                turn = resync.turn(&self.started) => (None, Some(turn)),
+            };
+            let is_answered = matches!(turn, Some(Turn::Answered(Some(_))));
+            if let Some(turn) = turn {
+                self.take_turn(&mut resync, turn);
             }
+            if let Some(incoming) = incoming {
+                self.hear(&answers, &mut resync, incoming);
+            }
+            if is_answered {
+                // What waits was said around the answer. Taken after it in its order it leads to what is now,
+                // whichever came first; that it may not fit meanwhile means nothing.
+                while let Some(Some(incoming)) = inbox.recv().now_or_never() {
+                    self.hear(&answers, &mut resync, incoming);
+                }
+                resync.is_wanted = false;
+            }
+        }
+    }
+
+    fn take_turn(&self, resync: &mut Resync, turn: Turn) {
+        match turn {
+            Turn::Due => resync.ask(self.speaker.clone()),
+            Turn::Answered(Some(everything)) => self.replace(everything),
+            Turn::Answered(None) => resync.is_wanted = true,
         }
     }
 
