@@ -11,13 +11,11 @@ use std::{
 };
 
 use http::{HeaderName, HeaderValue};
-use metrics::{Gauge, gauge};
 use secrecy::ExposeSecret;
 use warren_core::{
     home::{HomeLink, Homes, RegionLatency, Report},
     relay_map::{Region, RegionId, RelayMap},
 };
-use warren_observability::names;
 
 use crate::{
     data_plane::{LinkChange, LinkInfo, LinkTarget},
@@ -104,12 +102,6 @@ pub struct State {
     measured_at: Option<Instant>,
     is_measuring: bool,
     measuring: Option<tokio::task::JoinHandle<Option<()>>>,
-    gauges: BTreeMap<RegionId, Gauges>,
-}
-
-struct Gauges {
-    is_connected: Gauge,
-    latency: Gauge,
 }
 
 impl Part for RelayPart {
@@ -129,7 +121,6 @@ impl Part for RelayPart {
             measured_at: None,
             is_measuring: false,
             measuring: None,
-            gauges: BTreeMap::new(),
         };
         context.follow(self.net.relay_map.view(), || Message::MapChanged);
         context.follow(self.net.network_map.view(), || Message::MapChanged);
@@ -218,7 +209,7 @@ impl RelayPart {
         state.homes.handle_report(Instant::now(), &state.map, report, link);
         if stage == Stage::Complete {
             state.is_measuring = false;
-            state.show_latencies(report);
+            state.latencies.set_if_changed(report.clone());
         }
         self.settle(state);
     }
@@ -302,13 +293,6 @@ impl RelayPart {
         state.note_forced(&infos);
         let links: BTreeMap<RegionId, RelayLink> =
             infos.into_iter().map(|(region, info)| (region, info.state)).collect();
-        for region in links.keys() {
-            state.gauges(*region);
-        }
-        for (region, gauges) in &state.gauges {
-            let is_up = matches!(links.get(region), Some(RelayLink::Up { .. }));
-            gauges.is_connected.set(if is_up { 1.0 } else { 0.0 });
-        }
         state.relays.set_if_changed(links);
     }
 
@@ -350,15 +334,6 @@ impl State {
         !self.is_measuring && self.measured_at.is_none_or(|at| at.elapsed() >= period)
     }
 
-    fn show_latencies(&mut self, report: &Report) {
-        for (region, latency) in report {
-            if let Some(best) = latency.best() {
-                self.gauges(*region).latency.set(best.as_secs_f64());
-            }
-        }
-        self.latencies.set_if_changed(report.clone());
-    }
-
     /// Deployments are told why a relay was once reached by WebSocket for as long as we live.
     fn note_forced(&self, links: &BTreeMap<RegionId, LinkInfo>) {
         let mut reasons = BTreeMap::clone(&self.forced_websocket.get());
@@ -369,13 +344,6 @@ impl State {
             }
         }
         self.forced_websocket.set_if_changed(reasons);
-    }
-
-    fn gauges(&mut self, region: RegionId) -> &Gauges {
-        self.gauges.entry(region).or_insert_with(|| Gauges {
-            is_connected: gauge!(names::DERP_CONNECTED, "region" => region.to_string()),
-            latency: gauge!(names::DERP_LATENCY, "region" => region.to_string()),
-        })
     }
 }
 

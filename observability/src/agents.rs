@@ -8,8 +8,8 @@ use std::{
 };
 
 use crate::{
-    exporter::Process,
-    names::{self, Kind},
+    exporter::{Process, head},
+    names,
 };
 
 /// Agents with series of their own; a scrape stays below half a megabyte.
@@ -66,16 +66,6 @@ pub fn render<'a>(agents: impl Iterator<Item = Agent<'a>>) -> String {
     let process = Process::Tunnel.label();
     let _ = writeln!(text, "{}{{process=\"{process}\"}} {left_out}", names::AGENTS_LEFT_OUT);
     text
-}
-
-fn head(text: &mut String, name: &str) {
-    let Some(family) = names::family(name) else { return };
-    let kind = match family.kind {
-        Kind::Counter => "counter",
-        Kind::Gauge => "gauge",
-        Kind::Histogram => "histogram",
-    };
-    let _ = writeln!(text, "# HELP {name} {}\n# TYPE {name} {kind}", family.help.trim());
 }
 
 fn labels(agent: &Agent<'_>) -> String {

@@ -1,11 +1,11 @@
 //! The recorder of one process and its exposition. Both processes install one, each with its own value
 //! of the `process` label; the service serves the two as one.
 
-use std::time::Duration;
+use std::{fmt::Write, time::Duration};
 
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
-use crate::names;
+use crate::names::{self, Kind};
 
 /// Which of the two processes a series comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +65,17 @@ fn builder(process: Process) -> Result<PrometheusBuilder, BuildError> {
         .set_bucket_duration(Duration::from_secs(60))?
         .set_buckets_for_metric(Matcher::Full(names::ACTOR_HANDLE_DURATION.into()), HANDLER_BUCKETS)?
         .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS_BUCKETS)
+}
+
+/// Begins a family in an exposition that is written by hand.
+pub(crate) fn head(text: &mut String, name: &str) {
+    let Some(family) = names::family(name) else { return };
+    let kind = match family.kind {
+        Kind::Counter => "counter",
+        Kind::Gauge => "gauge",
+        Kind::Histogram => "histogram",
+    };
+    let _ = writeln!(text, "# HELP {name} {}\n# TYPE {name} {kind}", family.help.trim());
 }
 
 #[cfg(test)]

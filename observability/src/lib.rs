@@ -9,3 +9,4 @@ pub mod merge;
 pub mod names;
 pub mod page;
 pub mod redact;
+pub mod regions;

@@ -9,7 +9,7 @@ use warren_actors::{
     pinger, registry,
     runtime::Cell,
 };
-use warren_observability::{agents, exporter::Exporter};
+use warren_observability::{agents, exporter::Exporter, regions};
 use warren_proto::link::{TunnelStatus, tunnel_status::Relay};
 
 use super::TunnelArgs;
@@ -51,8 +51,11 @@ impl Answers for Own {
     fn exposition(&self) -> String {
         self.tree.measure();
         let mut text = self.exporter.render();
-        if let (true, Some(net)) = (self.agent_metrics, self.net.get().as_ref()) {
-            text.push_str(&agent_metrics(net));
+        if let Some(net) = self.net.get().as_ref() {
+            text.push_str(&region_metrics(net));
+            if self.agent_metrics {
+                text.push_str(&agent_metrics(net));
+            }
         }
         text
     }
@@ -88,6 +91,16 @@ impl Answers for Own {
             tracing::warn!(actor, kind, "a fault was asked for, which is not allowed here");
         }
     }
+}
+
+/// Of the regions of the present map, whatever was measured or connected before.
+fn region_metrics(net: &Net) -> String {
+    let (map, links, latencies) = (net.relay_map.get(), net.relays.get(), net.latencies.get());
+    regions::render(map.regions.keys().map(|region| regions::Region {
+        id: region.0,
+        is_connected: links.get(region).map(|link| matches!(link, RelayLink::Up { .. })),
+        latency: latencies.get(region).and_then(|latency| latency.best()),
+    }))
 }
 
 fn agent_metrics(net: &Net) -> String {
@@ -162,7 +175,7 @@ fn absent(network: Option<NetworkOwner>) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use warren_actors::dial::{DialOptions, Dialer};
-    use warren_core::relay_map::RegionId;
+    use warren_core::relay_map::{Region, RegionId, RelayMap};
 
     use super::*;
     use crate::tunnel::net::{assemble, tests::boot};
@@ -189,6 +202,35 @@ mod tests {
         let relay = Relay { region: status.home_region.clone(), state: "down".to_owned(), error };
         assert_eq!(status.relays, [relay]);
         assert!(status.absent.iter().any(|absent| absent == NO_DEVICE));
+        net.data_plane.stop().await;
+    }
+
+    #[tokio::test]
+    async fn a_region_that_has_left_the_relay_map_has_no_metrics_any_more() {
+        let dialer = Arc::new(Dialer::new(DialOptions::default()).unwrap());
+        let net = assemble(boot(1, NetworkOwner::Nobody), dialer).unwrap();
+        let map = |numbers: &[u16]| {
+            let region = |number: &u16| Region {
+                id: RegionId(*number),
+                code: String::new(),
+                name: String::new(),
+                avoid: false,
+                embedded: false,
+                nodes: Vec::new(),
+            };
+            let regions = numbers.iter().map(region).map(|region| (region.id, region)).collect();
+            RelayMap { regions, ..RelayMap::default() }
+        };
+        let relay_map = net.relay_map.claim().unwrap();
+        net.relays
+            .claim()
+            .unwrap()
+            .set([(RegionId(7), RelayLink::Dialing), (RegionId(8), RelayLink::Dialing)].into());
+        relay_map.set(map(&[7, 8]));
+        assert!(region_metrics(&net).contains("region=\"7\"} 0"));
+        relay_map.set(map(&[8]));
+        let text = region_metrics(&net);
+        assert!(!text.contains("region=\"7\"") && text.contains("region=\"8\""), "{text}");
         net.data_plane.stop().await;
     }
 }
