@@ -31,12 +31,15 @@ use tokio_tungstenite::{
         protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode},
     },
 };
+use warren_observability::redact::one_line;
 
 mod transport;
 
 use transport::Transport;
 
 const BUFFER: usize = 64 * 1024;
+/// Bytes of the longest reason to close (RFC 6455, 5.5).
+const MAX_REASON: usize = 123;
 /// A server that takes nothing of what waits for it for so long is gone, though it may still send.
 const WRITE_STALL: Duration = Duration::from_secs(10);
 /// What is read of a server that takes nothing: each of its bytes may want an answer, and answers wait above
@@ -295,7 +298,7 @@ fn clean_end(frame: Option<CloseFrame>) -> io::Result<Option<Bytes>> {
         None => Ok(None),
         Some(CloseFrame { code: CloseCode::Normal | CloseCode::Away, .. }) => Ok(None),
         Some(CloseFrame { code, reason }) => {
-            let reason = reason.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+            let reason = one_line(&reason, MAX_REASON);
             Err(io::Error::other(StreamError::Closed { code: code.into(), reason }))
         }
     }

@@ -17,6 +17,7 @@ use warren_core::{
     relay_map::RelayMap,
     roster::Update,
 };
+use warren_observability::redact::one_line;
 use warren_proto::{
     frame::Message,
     tailnet::{
@@ -30,7 +31,7 @@ use super::{
     error::ControlError,
     memory::ResumeToken,
     peers::now,
-    rpc::{Answers, CallError, Method, Requests, Rpc},
+    rpc::{Answers, CallError, MAX_SAID, Method, Requests, Rpc},
 };
 use crate::facts::Identity;
 
@@ -39,8 +40,6 @@ use crate::facts::Identity;
 const FIRST_ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// For the answer to a request for a resume token.
 const UNARY_LIMIT: Duration = Duration::from_secs(10);
-/// Of a deployment's error text this much is told.
-const MAX_SAID: usize = 1024;
 
 /// The calls of one connection.
 pub(super) struct Calls<'a> {
@@ -103,7 +102,7 @@ impl<'a> Calls<'a> {
         while let Some(response) = answers.next().await.map_err(failed(Method::Coordinate))? {
             self.shared.note_update();
             if let Some(error) = self.shared.peers.handle_response(&response) {
-                let error = printable(&error);
+                let error = one_line(&error, MAX_SAID);
                 tracing::warn!(error, "the deployment reports an error about peers");
                 said = Some(error);
             }
@@ -238,9 +237,4 @@ async fn until(due: Option<std::time::Instant>) {
         Some(due) => sleep_until(due.into()).await,
         None => std::future::pending().await,
     }
-}
-
-/// What may be shown: a server must not write to people's terminals.
-fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MAX_SAID).collect()
 }

@@ -18,7 +18,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tokio_yamux::{Config, Control, Session, StreamHandle};
-use warren_observability::names;
+use warren_observability::{names, redact::one_line};
 use warren_proto::{
     drpc::{Decoder, DrpcError, ErrorBody, Kind, MAX_UNPACKED, Packet, PacketWriter},
     frame::Message,
@@ -34,6 +34,8 @@ const MAX_STREAMS: usize = 64;
 /// Each transport carries one call.
 const STREAM: u64 = 1;
 const READ_BUFFER: usize = 16 * 1024;
+/// Of a deployment's error text this much is told.
+pub(super) const MAX_SAID: usize = 1024;
 
 /// The calls there are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -343,9 +345,7 @@ impl<A: Message + Default> Answers<A> {
                 let error = if is_unimplemented(&body) {
                     CallError::Unimplemented
                 } else {
-                    CallError::Remote(
-                        body.text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(1024).collect(),
-                    )
+                    CallError::Remote(one_line(&body.text, MAX_SAID))
                 };
                 Err(error)
             }

@@ -3,6 +3,7 @@
 
 use std::{ops::Range, time::Duration};
 
+use warren_observability::redact::one_line;
 use warren_proto::{
     derp::{DerpError, Frame, HEADER, Header, MAX_PACKET, ServerInfo},
     key::{BoxShared, KEY_LEN, NodePublic},
@@ -95,11 +96,7 @@ impl Frames {
     /// A text, at most a line of it.
     pub(crate) fn text(&self, range: Range<usize>) -> String {
         const SHOWN: usize = 200;
-        let text = String::from_utf8_lossy(self.buffer.get(range).unwrap_or_default()).into_owned();
-        text.chars()
-            .take(SHOWN)
-            .map(|character| if character.is_control() { ' ' } else { character })
-            .collect()
+        one_line(&String::from_utf8_lossy(self.buffer.get(range).unwrap_or_default()), SHOWN)
     }
 
     /// Room for a read; never empty once [`Self::next`] has returned nothing. Ends the life of ranges.

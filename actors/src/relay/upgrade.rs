@@ -14,8 +14,10 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Empty};
 use hyper::{body::Incoming, upgrade::Upgraded};
 use hyper_util::rt::TokioIo;
+use secrecy::SecretString;
 use tokio::time::timeout;
 use warren_core::relay_map::Node;
+use warren_observability::redact::{one_line, redact_cut};
 use warren_proto::derp;
 
 use super::{
@@ -221,20 +223,12 @@ async fn body(mut body: Incoming, headers: &Headers) -> String {
 
 /// Without what would disturb a terminal, and without our secrets, which some servers echo.
 fn tellable(bytes: &[u8], headers: &Headers) -> String {
-    let mut text = String::from_utf8_lossy(bytes).into_owned();
-    for value in
-        headers.iter().filter_map(|(_, value)| value.to_str().ok()).filter(|it| it.len() >= LEAST_SECRET)
-    {
-        text = text.replace(value, "[redacted]");
-    }
-    let text: String = text.chars().map(|it| if it.is_control() { ' ' } else { it }).collect();
-    text.trim()
-        .chars()
-        .scan(0, |length, it| {
-            *length += it.len_utf8();
-            (*length <= MAX_TOLD).then_some(it)
-        })
-        .collect()
+    let values = headers.iter().filter_map(|(_, value)| value.to_str().ok());
+    let secrets: Vec<SecretString> =
+        values.filter(|it| it.len() >= LEAST_SECRET).map(SecretString::from).collect();
+    let text = one_line(&redact_cut(&String::from_utf8_lossy(bytes), &secrets), MAX_TOLD);
+    let text = text.trim();
+    text.get(..text.floor_char_boundary(MAX_TOLD)).unwrap_or_default().to_owned()
 }
 
 #[cfg(test)]

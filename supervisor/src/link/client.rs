@@ -13,6 +13,7 @@ use tokio::{
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
+use warren_observability::redact::one_line;
 use warren_proto::{
     correlator::Correlator,
     link::{
@@ -250,5 +251,5 @@ fn tame_status(mut status: TunnelStatus) -> TunnelStatus {
 
 /// Texts from the tunnel are shown on terminals: short, and without control characters.
 fn tame(text: String) -> String {
-    text.chars().take(MAX_TEXT).map(|symbol| if symbol.is_control() { ' ' } else { symbol }).collect()
+    one_line(&text, MAX_TEXT)
 }

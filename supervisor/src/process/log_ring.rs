@@ -8,7 +8,8 @@ use std::{
 
 use secrecy::SecretString;
 use tokio::io::{AsyncRead, AsyncReadExt};
-use warren_observability::redact::redact;
+use tracing::Level;
+use warren_observability::redact::{one_line, redact, redact_cut};
 
 /// Lines kept; older ones are forgotten.
 const LINES: usize = 200;
@@ -51,19 +52,28 @@ impl LogRing {
             match from.read(&mut piece).await {
                 Ok(0) | Err(_) => break,
                 Ok(length) => {
-                    held.push(piece.get(..length).unwrap_or_default(), |line| self.add(line, secrets))
+                    let piece = piece.get(..length).unwrap_or_default();
+                    held.push(piece, |line, is_whole| self.add(line, is_whole, secrets));
                 }
             }
         }
-        held.finish(|line| self.add(line, secrets));
+        held.finish(|line, is_whole| self.add(line, is_whole, secrets));
     }
 
-    fn add(&self, line: &[u8], secrets: &[SecretString]) {
-        let text = redact(String::from_utf8_lossy(line).trim_end(), secrets);
+    fn add(&self, line: &[u8], is_whole: bool, secrets: &[SecretString]) {
+        let text = String::from_utf8_lossy(line);
+        let text = if is_whole { redact(&text, secrets) } else { redact_cut(&text, secrets) };
+        let text = one_line(text.trim_end(), LINE);
         if text.is_empty() {
             return;
         }
-        tracing::info!(target: "tunnel", "{text}");
+        let (level, words) = level_of(&text);
+        match level {
+            Level::ERROR => tracing::error!(target: "tunnel", "{words}"),
+            Level::WARN => tracing::warn!(target: "tunnel", "{words}"),
+            Level::INFO => tracing::info!(target: "tunnel", "{words}"),
+            Level::DEBUG | Level::TRACE => tracing::debug!(target: "tunnel", "{words}"),
+        }
         self.keep(&text);
     }
 
@@ -83,32 +93,49 @@ impl LogRing {
     }
 }
 
+/// What our own program says has its time and level before it: the line in our log has its own time, and the same
+/// level. Anything else is as it is.
+fn level_of(text: &str) -> (Level, &str) {
+    let parsed = || {
+        let (time, rest) = text.split_once(' ')?;
+        let (level, words) = rest.trim_start().split_once(' ')?;
+        let is_time =
+            time.ends_with('Z') && time.contains('T') && time.starts_with(|c: char| c.is_ascii_digit());
+        Some((level.parse().ok().filter(|_| is_time)?, words))
+    };
+    parsed().unwrap_or((Level::INFO, text))
+}
+
 /// Cuts bytes into lines of at most [`LINE`] bytes; what is longer loses its end.
 #[derive(Default)]
 struct Splitter {
     line: Vec<u8>,
+    is_cut: bool,
 }
 
 impl Splitter {
-    fn push(&mut self, bytes: &[u8], mut deliver: impl FnMut(&[u8])) {
+    /// Delivers each line, and whether it is whole.
+    fn push(&mut self, bytes: &[u8], mut deliver: impl FnMut(&[u8], bool)) {
         let mut pieces = bytes.split(|&byte| byte == b'\n');
         if let Some(first) = pieces.next() {
             self.extend(first);
         }
         for piece in pieces {
-            deliver(&self.line);
-            self.line.clear();
+            deliver(&self.line, !self.is_cut);
+            *self = Self::default();
             self.extend(piece);
         }
     }
 
     fn extend(&mut self, piece: &[u8]) {
         let room = LINE.saturating_sub(self.line.len()).min(piece.len());
+        self.is_cut |= room < piece.len();
         self.line.extend_from_slice(piece.get(..room).unwrap_or_default());
     }
 
-    fn finish(self, mut deliver: impl FnMut(&[u8])) {
-        deliver(&self.line);
+    /// The last line may go on where nobody reads.
+    fn finish(self, mut deliver: impl FnMut(&[u8], bool)) {
+        deliver(&self.line, false);
     }
 }
 
@@ -138,6 +165,30 @@ mod tests {
         let ring = ring(&bytes, &[]).await;
         assert_eq!(ring.lines()[0].len(), LINE);
         assert_eq!(&*ring.lines()[1], "next");
+    }
+
+    #[tokio::test]
+    async fn a_secret_that_a_line_is_cut_in_is_not_kept_in_part() {
+        let secret = "s".repeat(2 * LINE);
+        for line in [format!("token={secret}"), format!("{}{secret}", "x".repeat(LINE - 8))] {
+            let ring = ring(format!("{line}\n").as_bytes(), &[secret.as_str().into()]).await;
+            assert!(!ring.lines()[0].contains("sss"), "{}", ring.lines()[0]);
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_that_moves_a_cursor_is_kept() {
+        let ring = ring(b"a\x1b[2Jb\rc\n", &[]).await;
+        assert_eq!(&*ring.lines()[0], "a [2Jb c");
+    }
+
+    #[test]
+    fn a_line_of_our_own_program_keeps_its_level_and_any_other_is_information() {
+        let line = "2026-11-26T16:53:42.123456Z  WARN warren_actors::relay: it is gone region=1";
+        assert_eq!(level_of(line), (Level::WARN, "warren_actors::relay: it is gone region=1"));
+        for other in ["", "WARN", "error: x y", "2026-11-26T16:53:42Z it ERROR", "panicked at ERROR x"] {
+            assert_eq!(level_of(other), (Level::INFO, other));
+        }
     }
 
     #[tokio::test]
