@@ -6,6 +6,9 @@ use secrecy::{ExposeSecret, SecretString};
 /// What stands where a secret stood.
 pub const REDACTED: &str = "[redacted]";
 
+/// A header's value that is shorter is no secret, and may be part of any text.
+pub const LEAST_SECRET: usize = 4;
+
 /// `text` without any of `secrets`.
 pub fn redact<'a>(text: &str, secrets: impl IntoIterator<Item = &'a SecretString>) -> String {
     without(text, secrets, Ending::Whole)

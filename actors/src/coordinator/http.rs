@@ -20,6 +20,7 @@ use tokio::{
 use url::Url;
 use uuid::Uuid;
 use warren_core::server_version::{self, VersionError};
+use warren_observability::redact::LEAST_SECRET;
 
 use crate::dial::{DialError, Dialer, Stream, Target, TlsError};
 
@@ -393,7 +394,14 @@ impl ApiClient {
                 text.extend(data.into_iter().take(room));
             }
         }
-        ApiError::Refused(Box::new(Refusal::new(self.shown(path), head.status, &head.headers, &text)))
+        let refusal = Refusal::new(self.shown(path), head.status, &head.headers, &text);
+        ApiError::Refused(Box::new(refusal.without(&self.secrets())))
+    }
+
+    fn secrets(&self) -> Vec<SecretString> {
+        let values = self.headers.values().filter_map(|value| value.to_str().ok());
+        let values = values.filter(|value| value.len() >= LEAST_SECRET).map(SecretString::from);
+        values.chain(self.token.clone()).collect()
     }
 
     fn not_http(&self, path: &str, error: &hyper::Error) -> ApiError {

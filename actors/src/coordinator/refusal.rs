@@ -3,8 +3,10 @@
 use std::fmt;
 
 use http::{HeaderMap, StatusCode, header};
+use secrecy::SecretString;
 use serde::Deserialize;
 use url::Url;
+use warren_observability::redact::redact_cut;
 
 /// Of a body that is not JSON this much is told.
 const MAX_FOREIGN: usize = 2048;
@@ -66,6 +68,15 @@ impl Refusal {
             validations: parsed.validations,
             retry_after,
         }
+    }
+
+    /// The same in words without our own secrets, which some gateways echo.
+    pub(super) fn without(mut self, secrets: &[SecretString]) -> Self {
+        let details = self.validations.iter_mut().map(|it| &mut it.detail);
+        for text in details.chain([&mut self.message, &mut self.detail]) {
+            *text = redact_cut(text, secrets);
+        }
+        self
     }
 
     /// Whether the session token is not accepted (any more).

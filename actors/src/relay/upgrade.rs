@@ -17,7 +17,7 @@ use hyper_util::rt::TokioIo;
 use secrecy::SecretString;
 use tokio::time::timeout;
 use warren_core::relay_map::Node;
-use warren_observability::redact::{one_line, redact_cut};
+use warren_observability::redact::{LEAST_SECRET, one_line, redact_cut};
 use warren_proto::derp;
 
 use super::{
@@ -35,8 +35,6 @@ const NODE_LIMIT: Duration = Duration::from_secs(4);
 const MAX_TOLD: usize = 1024;
 /// For the rest of that body.
 const BODY_LIMIT: Duration = Duration::from_secs(1);
-/// A header's value that is shorter is no secret, and may be part of any text.
-const LEAST_SECRET: usize = 4;
 /// The only subprotocol of relays.
 const PROTOCOL: &str = "derp";
 
@@ -85,7 +83,9 @@ pub(super) enum UpgradeError {
     Request(#[from] RequestError),
     #[error("the relay refuses to upgrade ({status}){}", told(.body))]
     Refused { status: StatusCode, body: String },
-    #[error("the relay answers {0} instead of upgrading")]
+    #[error(
+        "the relay answers {0} instead of upgrading; it may be starting or overloaded, and is asked again"
+    )]
     Status(StatusCode),
     #[error("the upgrade failed: {0}")]
     Upgrade(hyper::Error),

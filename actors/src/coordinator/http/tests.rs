@@ -33,6 +33,21 @@ async fn a_request_carries_the_token_once_and_each_header_once() {
     }
 }
 
+#[tokio::test]
+async fn a_gateway_that_echoes_what_it_was_sent_does_not_show_our_secrets_to_anybody() {
+    let body =
+        r#"{"message":"bad tok","detail":"X-Gate: sesame","validations":[{"field":"f","detail":"no tok"}]}"#;
+    let json = ok(body).replacen("200 OK", "400 Bad Request", 1);
+    let page = "HTTP/1.1 400 Bad Request\r\nContent-Length: 22\r\n\r\ntok, X-Gate: sesame, 1\r\n";
+    for answer in [json.as_str(), page] {
+        let server = Server::answering(answer).await;
+        let client = server.client(Some("tok"), &[("X-Gate", "sesame"), ("X-One", "1")]);
+        let text = client.current_user().await.unwrap_err().to_string();
+        assert!(!text.contains("tok") && !text.contains("sesame"), "{text}");
+        assert!(text.contains("X-Gate: [redacted]"), "{text}");
+    }
+}
+
 /// Conforms: vpn:W18
 #[tokio::test]
 async fn a_deployment_that_is_too_old_is_told_from_any_of_its_answers() {
