@@ -5,18 +5,19 @@ use std::{
     fs, io,
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
-    process::Stdio,
     time::Duration,
 };
 
 use rustix::fs::Access;
 use serde::Deserialize;
-use tokio::{io::AsyncReadExt, process::Command, time::timeout};
+use tokio::process::Command;
+
+use super::{Spawner, output};
 
 /// How long the program may take to say its version.
 const VERSION_LIMIT: Duration = Duration::from_secs(10);
 /// The most that is read of what it says then.
-const MAX_ANSWER: u64 = 64 * 1024;
+const MAX_ANSWER: usize = 64 * 1024;
 /// Characters of it that are shown.
 const SHOWN: usize = 64;
 /// The bit that lets everybody put files in a directory, and nobody take away those of others.
@@ -54,9 +55,8 @@ pub enum BinaryError {
     },
     /// Others could change what we would run.
     #[error(
-        "the tunnel program {} is not run: {} can be changed by others than root (owner {owner}, mode {mode:o}): \
-         sudo chown root:root {1}; sudo chmod go-w {1}",
-        path.display(), exposed.display()
+        "the tunnel program {} is not run: {} can be changed by others than root (owner {owner}, mode {mode:o}): {}",
+        path.display(), exposed.display(), remedy(exposed)
     )]
     Exposed {
         /// The program.
@@ -99,8 +99,9 @@ pub enum BinaryError {
 }
 
 /// Whether the program may be run: it is there, a file, executable, and neither it nor a directory above it can
-/// be changed by anybody but root and `own`, the service's user.
-pub fn check(path: &Path, own: u32) -> Result<(), BinaryError> {
+/// be changed by anybody but root and `own`, the service's user. Returns where it is without links, which is
+/// what was looked at.
+pub fn check(path: &Path, own: u32) -> Result<PathBuf, BinaryError> {
     let missing = |error| BinaryError::Missing { path: path.to_owned(), error };
     let real = fs::canonicalize(path).map_err(missing)?;
     if !fs::metadata(&real).map_err(missing)?.is_file() {
@@ -117,7 +118,17 @@ pub fn check(path: &Path, own: u32) -> Result<(), BinaryError> {
         }
     }
     let may_run = rustix::fs::access(&real, Access::EXEC_OK);
-    may_run.map_err(|_| BinaryError::NotExecutable { path: path.to_owned() })
+    may_run.map_err(|_| BinaryError::NotExecutable { path: path.to_owned() })?;
+    Ok(real)
+}
+
+/// A directory may be somebody's home, and is not ours to give away.
+fn remedy(exposed: &Path) -> String {
+    if exposed.is_dir() {
+        "put the program where only root can change anything, such as /usr/local/libexec".to_owned()
+    } else {
+        format!("sudo chown root:root {0}; sudo chmod go-w {0}", exposed.display())
+    }
 }
 
 /// Who may have put a program there.
@@ -159,18 +170,20 @@ pub fn is_version(text: &str) -> bool {
 }
 
 /// Asks the program for its version, and whether it is `wanted`: every number that is named must be the same.
-pub async fn check_version(path: &Path, wanted: &str) -> Result<(), BinaryError> {
+pub async fn check_version(path: &Path, wanted: &str, spawner: &Spawner) -> Result<(), BinaryError> {
     let refused =
         |said: String| BinaryError::NoVersion { path: path.to_owned(), said, wanted: wanted.to_owned() };
-    let asked = timeout(VERSION_LIMIT, ask_version(path)).await;
-    let late = || format!("did not end within {} seconds", VERSION_LIMIT.as_secs());
-    let said = asked.map_err(|_| refused(late()))?.map_err(|error| refused(format!("failed: {error}")))?;
+    // Without any secret, and without what a tunnel is given.
+    let mut command = Command::new(path);
+    command.args(["version", "--output=json"]).env_clear();
+    let said = output::of(command, spawner, VERSION_LIMIT, MAX_ANSWER).await;
+    let said = said.map_err(|error| refused(format!("does not say its version ({error})")))?;
     #[derive(Deserialize)]
     struct Said {
         version: String,
     }
     let said: Said =
-        serde_json::from_slice(&said).map_err(|_| refused("did not say its version".to_owned()))?;
+        serde_json::from_slice(&said).map_err(|_| refused("does not say its version".to_owned()))?;
     let shown: String = said.version.chars().take(SHOWN).collect();
     // What follows the numbers names a build; which one it is does not matter to us.
     let found = said.version.split(['-', '+']).next().and_then(numbers);
@@ -183,20 +196,6 @@ pub async fn check_version(path: &Path, wanted: &str) -> Result<(), BinaryError>
     } else {
         Err(BinaryError::OtherVersion { path: path.to_owned(), found: shown, wanted: wanted.to_owned() })
     }
-}
-
-/// Without any secret, and without what a tunnel is given.
-async fn ask_version(path: &Path) -> io::Result<Vec<u8>> {
-    let mut command = Command::new(path);
-    command.args(["version", "--output=json"]).env_clear().kill_on_drop(true);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut child = command.spawn()?;
-    let mut said = Vec::new();
-    if let Some(out) = child.stdout.take() {
-        out.take(MAX_ANSWER).read_to_end(&mut said).await?;
-    }
-    let status = child.wait().await?;
-    if status.success() { Ok(said) } else { Err(io::Error::other(format!("it ended with {status}"))) }
 }
 
 fn numbers(text: &str) -> Option<Vec<u64>> {
@@ -243,7 +242,7 @@ mod tests {
             assert!(error.to_string().contains("chmod go-w"), "{error}");
         }
         let (_folder, path) = program(0o755, "true");
-        check(&path, own()).unwrap();
+        assert_eq!(check(&path, own()).unwrap(), fs::canonicalize(&path).unwrap());
     }
 
     #[test]
@@ -259,6 +258,10 @@ mod tests {
         let error = check(&path, own()).unwrap_err();
         assert!(
             matches!(&error, BinaryError::Exposed { exposed, .. } if exposed == folder.path()),
+            "{error}"
+        );
+        assert!(
+            error.to_string().contains("where only root") && !error.to_string().contains("chown"),
             "{error}"
         );
         let elsewhere = tempfile::tempdir().unwrap();
@@ -288,6 +291,7 @@ mod tests {
     /// Conforms: vpn:W21
     #[tokio::test]
     async fn the_version_that_the_administrator_names_must_be_the_programs() {
+        let spawner = Spawner::start(tokio::runtime::Handle::current()).unwrap();
         let says = |version: &str| format!("echo '{{\"version\": \"{version}\"}}'");
         for (version, wanted, is_right) in [
             ("v2.31.1", "2.31.1", true),
@@ -304,12 +308,12 @@ mod tests {
             ("new", "2.31.1", false),
         ] {
             let (_folder, path) = program(0o755, &says(version));
-            let checked = check_version(&path, wanted).await;
+            let checked = check_version(&path, wanted, &spawner).await;
             assert_eq!(checked.is_ok(), is_right, "{version} for {wanted}: {checked:?}");
         }
         for silent in ["false", "true", "echo v2.31.1", "exit 1"] {
             let (_folder, path) = program(0o755, silent);
-            let error = check_version(&path, "2.31.1").await.unwrap_err();
+            let error = check_version(&path, "2.31.1", &spawner).await.unwrap_err();
             assert!(matches!(error, BinaryError::NoVersion { .. }), "{silent}: {error}");
         }
     }

@@ -42,12 +42,8 @@ pub async fn of(
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     command.kill_on_drop(true).process_group(0);
     hardening::confine(&mut command, &Program::Own);
-    let mut child = spawner.spawn(command).await.map_err(OutputError::Spawn)?;
-    let finished = timeout(limit, finish(&mut child, most)).await.unwrap_or(Err(OutputError::Late(limit)));
-    if finished.is_err() {
-        kill_group(&child);
-    }
-    finished
+    let mut group = Group(spawner.spawn(command).await.map_err(OutputError::Spawn)?);
+    timeout(limit, finish(&mut group.0, most)).await.unwrap_or(Err(OutputError::Late(limit)))
 }
 
 async fn finish(child: &mut Child, most: usize) -> Result<Vec<u8>, OutputError> {
@@ -63,9 +59,14 @@ async fn finish(child: &mut Child, most: usize) -> Result<Vec<u8>, OutputError> 
     if status.success() { Ok(bytes) } else { Err(OutputError::Status(status)) }
 }
 
-/// With what it started, as long as it was not reaped: later the number may be another's.
-fn kill_group(child: &Child) {
-    if let Some(group) = child.id().and_then(|pid| Pid::from_raw(pid.cast_signed())) {
-        let _ = rustix::process::kill_process_group(group, Signal::KILL);
+/// A child that ends with all that it started, however it is left: unless it was reaped, since later the number
+/// may be another's.
+struct Group(Child);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(group) = self.0.id().and_then(|pid| Pid::from_raw(pid.cast_signed())) {
+            let _ = rustix::process::kill_process_group(group, Signal::KILL);
+        }
     }
 }

@@ -155,7 +155,31 @@ mod tests {
         let limit = Duration::from_secs(1);
         let error = output::of(command, &spawner, limit, MOST).await.unwrap_err();
         assert!(matches!(error, OutputError::Late(_)), "{error}");
-        let pid = std::fs::read_to_string(&note).unwrap();
+        gone(&note).await;
+    }
+
+    #[tokio::test]
+    async fn a_command_whose_tunnel_is_not_wanted_any_more_is_killed_with_all_that_it_started() {
+        let folder = tempfile::tempdir().unwrap();
+        let note = folder.path().join("pid");
+        let mut command = Command::new("sh");
+        command.args(["-c", "sleep 600 & echo $! > \"$0.new\"; mv \"$0.new\" \"$0\"; wait"]).arg(&note);
+        let spawner = Spawner::start(Handle::current()).unwrap();
+        let has_begun = async {
+            while !note.exists() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::select! {
+            ended = output::of(command, &spawner, 10 * LIMIT, MOST) => panic!("{ended:?}"),
+            () = has_begun => {}
+        }
+        gone(&note).await;
+    }
+
+    /// Waits until the process whose number stands there is gone.
+    async fn gone(note: &std::path::Path) {
+        let pid = std::fs::read_to_string(note).unwrap();
         let stat = format!("/proc/{}/stat", pid.trim());
         let gone = async {
             // Reaped, or a zombie that nobody reaps in a container without an init.

@@ -69,11 +69,11 @@ where
 {
     /// Returns a tunnel that has answered its Start, or why there is none.
     pub(super) async fn run(mut self) -> Result<Arc<Running>, Failure> {
-        self.unless_cancelled(self.look_at_program()).await?;
+        let program = self.unless_cancelled(self.look_at_program()).await?;
         let ordered = Arc::clone(&self.order);
         self.order = self.unless_cancelled(self.completed()).await?;
         let device = timed("device", self.unless_cancelled(self.device())).await?;
-        let (process, pipes) = timed("spawn", self.unless_cancelled(self.spawn(device))).await?;
+        let (process, pipes) = timed("spawn", self.unless_cancelled(self.spawn(program, device))).await?;
         (self.tell)(Step::Spawned(process.pid())).await;
         let greeted = timed("handshake", self.unless_cancelled(self.greet(process.clone(), pipes))).await;
         let (greeted, peers) = match greeted {
@@ -121,20 +121,17 @@ where
 
     /// Another program runs with our privileges: it must be one that nobody else can have put there. What is on
     /// the host now is not its own.
-    async fn look_at_program(&self) -> Result<(), Failure> {
-        let Program::Foreign(path) = self.program() else { return Ok(()) };
+    async fn look_at_program(&self) -> Result<Program, Failure> {
+        let Program::Foreign(path) = self.program() else { return Ok(Program::Own) };
         let (own, wanted) = (self.service.options.uid, self.service.config.tunnel_version.clone());
-        let checked = tokio::task::spawn_blocking({
-            let path = path.clone();
-            move || binary::check(&path, own)
-        });
+        let checked = tokio::task::spawn_blocking(move || binary::check(&path, own));
         let refused = |error: BinaryError| Failure::Person(error.to_string());
-        checked.await.map_err(|error| Failure::Later(error.to_string()))?.map_err(refused)?;
+        let path = checked.await.map_err(|error| Failure::Later(error.to_string()))?.map_err(refused)?;
         if let Some(wanted) = wanted {
-            binary::check_version(&path, &wanted).await.map_err(refused)?;
+            binary::check_version(&path, &wanted, &self.service.spawner).await.map_err(refused)?;
         }
         self.service.footprint.before().await;
-        Ok(())
+        Ok(Program::Foreign(path))
     }
 
     /// Another program owns its network itself.
@@ -146,16 +143,11 @@ where
         copy.map(Some).map_err(|error| Failure::Later(format!("the device cannot be handed over: {error}")))
     }
 
-    async fn spawn(&self, device: Option<OwnedFd>) -> Result<(Process, Pipes), Failure> {
+    async fn spawn(&self, program: Program, device: Option<OwnedFd>) -> Result<(Process, Pipes), Failure> {
         let slot = self.service.slot.acquire(SLOT_LIMIT).await.ok_or_else(|| {
             Failure::Later("the last tunnel process does not end; it may hang in the kernel".to_owned())
         })?;
-        let spawning = Spawning {
-            program: self.program(),
-            arguments: self.arguments(),
-            device,
-            variables: self.variables(),
-        };
+        let spawning = Spawning { program, arguments: self.arguments(), device, variables: self.variables() };
         let secrets = self.order.secrets().cloned().collect();
         let spawned = Process::spawn(spawning, &self.service.spawner, slot, &self.service.log, secrets).await;
         spawned.map_err(|error| Failure::Died(Death::new(Reason::Spawn, error.to_string())))
