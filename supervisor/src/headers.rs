@@ -13,7 +13,9 @@ pub(crate) fn checked(name: String, value: String) -> Result<(String, SecretStri
     if !name.is_empty() && is_plain(&name) && is_plain(&value) {
         Ok((name, value.into()))
     } else {
-        Err(format!("the extra header {name:?} is malformed, or too long"))
+        Err(format!(
+            "the extra header {name:?} is malformed, or too long: a header has a name, and one line of at most {MAX_TEXT} bytes"
+        ))
     }
 }
 

@@ -90,7 +90,7 @@ pub enum DialError {
         source: io::Error,
     },
     /// The host has no address of a family that may be used.
-    #[error("{host} has no address that can be used")]
+    #[error("{host} has no address that can be used; check the host name and this machine's DNS")]
     NoAddress {
         /// The host.
         host: String,
@@ -102,7 +102,7 @@ pub enum DialError {
         place: String,
     },
     /// The connection failed otherwise.
-    #[error("cannot connect to {place}: {source}")]
+    #[error("cannot connect to {place}: {source}; check this machine's network")]
     Unreachable {
         /// Host and port.
         place: String,
@@ -168,16 +168,16 @@ pub enum TlsError {
     )]
     UnknownIssuer,
     /// The certificate is too old, or this machine's clock is wrong.
-    #[error("its certificate has expired (or this machine's clock is wrong)")]
+    #[error("its certificate has expired (or this machine's clock is wrong); who runs it has to renew it")]
     Expired,
     /// The certificate is too new, or this machine's clock is wrong.
-    #[error("its certificate is not valid yet (or this machine's clock is wrong)")]
+    #[error("its certificate is not valid yet (or this machine's clock is wrong); check the clock")]
     NotYetValid,
     /// The certificate is for someone else.
-    #[error("its certificate is for another name")]
+    #[error("its certificate is for another name; use the host name that it was made for")]
     WrongName,
     /// Another fault of the certificate.
-    #[error("its certificate is not acceptable: {0}")]
+    #[error("its certificate is not acceptable: {0}; who runs it has to replace it")]
     Certificate(String),
     /// It insists on HTTP/2, whose connections cannot be upgraded.
     #[error("it insists on HTTP/2; what stands in front of it must let HTTP/1.1 through")]
