@@ -76,7 +76,7 @@ fn yamux_of_another_version_is_named() {
 }
 
 #[test]
-fn a_stream_that_gets_more_than_its_window_is_reset() {
+fn a_stream_that_gets_more_than_its_window_ends_the_connection() {
     spoilt(&[], |client, _| {
         let _ = client.write_all(&message(&yamux(0, 0, 0, 1, u32::MAX)));
         crook::flood(client, &message(&[0; 0x4000]), 256);
@@ -98,7 +98,7 @@ fn streams_that_the_deployment_opens_are_not_served_and_cost_no_memory() {
 }
 
 #[test]
-fn drpc_without_sense_is_named() {
+fn drpc_without_sense_ends_the_connection() {
     // Data on our first stream that is no frame: a length that needs more than ten bytes.
     spoilt(&[], |client, _| {
         let garbage = [0xff; 64];
@@ -118,7 +118,7 @@ fn a_deployment_that_stays_silent_after_the_upgrade_is_given_up() {
 }
 
 #[test]
-fn what_is_said_twice_is_named_or_does_no_harm() {
+fn what_is_said_twice_ends_the_connection() {
     spoilt(&[], |client, server| crook::repeat(server, client));
 }
 
@@ -126,7 +126,7 @@ fn what_is_said_twice_is_named_or_does_no_harm() {
 fn answers_of_a_gigabyte_are_cut_off_and_named() {
     let scene = Scene::new(1);
     let huge = "x".repeat(64 << 20);
-    let fault = HttpFault::Answer(http_ok(), "application/json".to_owned(), huge);
+    let fault = HttpFault::Answer(hyper::StatusCode::OK, "application/json".to_owned(), huge);
     scene.deployment.control().fail(Endpoint::UsersMe, fault, Times::Always);
     let output = scene.service.warren(&["up"]);
     let words = super::support::stderr(&output);
@@ -140,10 +140,6 @@ fn answers_of_a_gigabyte_are_cut_off_and_named() {
 /// An id that no agent of the lab has.
 fn id(number: u128) -> Uuid {
     Uuid::from_u128((0xbad << 64) + number)
-}
-
-fn http_ok() -> hyper::StatusCode {
-    hyper::StatusCode::OK
 }
 
 #[test]

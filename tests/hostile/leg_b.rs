@@ -15,7 +15,7 @@ use warren_proto::{
     },
 };
 
-use super::{A_WHILE, LIMIT, ServiceProcess, raise_descriptors, stands};
+use super::{LIMIT, ServiceProcess, raise_descriptors, stands};
 
 const OUR_LINE: &[u8] = b"codervpn client 1.3\n";
 const ITS_LINE: &[u8] = b"codervpn service 1.3\n";
@@ -90,7 +90,6 @@ fn a_frame_that_stops_halfway_costs_only_what_came_of_it() {
             hostile
         })
         .collect();
-    thread::sleep(A_WHILE);
     assert!(Client::greeted(&service).status(1));
     drop(halves);
     stands(&service, "");

@@ -17,7 +17,7 @@ use std::{
 };
 
 use crook::Crook;
-use support::{Deployment, LIMIT, ServiceProcess, eventually, stderr, sum};
+use support::{Deployment, LIMIT, ServiceProcess, eventually, peak_memory, stderr, sum};
 
 /// Most memory that a service may ever have had, of which some 20 MiB are the debug build itself.
 const SERVICE_CEILING: Mebibytes = Mebibytes(40);
@@ -31,16 +31,14 @@ struct Mebibytes(u64);
 
 /// The most memory that a process ever had.
 fn peak(pid: u32) -> Mebibytes {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    Mebibytes(line.trim_end_matches("kB").trim().parse::<u64>().unwrap() / 1024)
+    Mebibytes(peak_memory(pid).unwrap() >> 20)
 }
 
 /// Checks what every hostile guest of a service must leave behind: the same process, at work, within its
 /// ceiling, and a word about the fault in its log.
 fn stands(service: &ServiceProcess, word: &str) {
     eventually("others are served", || service.warren(&["status"]).status.code() == Some(0));
-    assert!(within_a_while(|| service.log().contains(word)), "{word:?} is not in:\n{}", service.log());
+    eventually(&format!("{word:?} in the log"), || service.log().contains(word));
     let peak = peak(service.pid());
     assert!(peak < SERVICE_CEILING, "{peak:?}");
 }
@@ -51,14 +49,6 @@ fn raise_descriptors() -> u64 {
     let limit = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).unwrap();
     limit.maximum.unwrap_or(u64::MAX)
-}
-
-/// Shorter than any limit of a service: who is still connected by then was not thrown out at once.
-const A_WHILE: Duration = Duration::from_millis(300);
-const _: () = assert!(A_WHILE.as_millis() < LIMIT.as_millis());
-
-fn within_a_while(mut done: impl FnMut() -> bool) -> bool {
-    (0..50).any(|_| done() || (thread::sleep(A_WHILE / 10), false).1)
 }
 
 /// A service, and a deployment that it reaches by way of a crook.
@@ -114,7 +104,7 @@ impl Scene {
         let begun = Instant::now();
         while !of_it(&self.service.log()).iter().any(is_meant) {
             assert!(begun.elapsed() < LIMIT, "none of {words:?} in {:#?}", of_it(&self.service.log()));
-            thread::sleep(A_WHILE / 3);
+            thread::sleep(Duration::from_millis(100));
         }
     }
 

@@ -89,6 +89,13 @@ pub(crate) fn is_alive(pid: u32) -> bool {
     stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
 }
 
+/// The most memory that a process ever had, in bytes; `None` once it is gone.
+pub(crate) fn peak_memory(pid: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(peak.trim().trim_end_matches(" kB").parse::<u64>().ok()? * 1024)
+}
+
 /// Polls until `done`, or fails at the limit.
 pub(crate) fn eventually(what: &str, done: impl FnMut() -> bool) {
     within(LIMIT, what, done);

@@ -26,7 +26,7 @@ use warren_proto::{
 };
 use warren_supervisor::link::LinkClient;
 
-use super::{LIMIT, WARREN};
+use super::{LIMIT, WARREN, peak_memory};
 
 const OUR_LINE: &[u8] = b"codervpn manager 1.3\n";
 const ITS_LINE: &[u8] = b"codervpn tunnel 1.3\n";
@@ -126,9 +126,7 @@ impl Tunnel {
 
     /// Its peak memory so far, in bytes.
     pub(crate) fn peak_memory(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id().unwrap())).unwrap();
-        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-        peak.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+        peak_memory(self.child.id().unwrap()).unwrap()
     }
 
     /// Writes bytes as they are.
