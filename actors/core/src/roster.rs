@@ -20,7 +20,7 @@ use warren_proto::{
 mod update;
 mod workspaces;
 
-pub use update::{Sent, complete, difference};
+pub use update::{Sent, complete};
 pub use workspaces::{MAX_ENTRIES, MAX_NAME, Update, UpdateError};
 
 /// The user's workspaces as the control plane lists them.

@@ -12,6 +12,7 @@
 use std::{
     collections::BTreeMap,
     net::Ipv6Addr,
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -23,9 +24,9 @@ use warren_core::{
     ping::{self, Ping, Pings, TICK},
     relay_map::{Region, RegionId, RelayMap},
     roster::{
-        Roster, Snapshot,
+        Roster, Sent,
         Update::{self, Diff, Snapshot as Everything},
-        UpdateError, Workspaces, complete, difference,
+        UpdateError, Workspaces, complete,
     },
 };
 use warren_proto::{
@@ -224,7 +225,7 @@ struct Tunnel {
     coordination: Coordination,
     roster: Roster,
     pings: Pings<()>,
-    seen: Snapshot,
+    sent: Sent,
     next_txid: u8,
 }
 
@@ -238,7 +239,7 @@ impl Tunnel {
             coordination: Coordination::default(),
             roster: Roster::default(),
             pings: Pings::new(now),
-            seen: Snapshot::default(),
+            sent: Sent::default(),
             next_txid: 0,
         };
         assert_eq!(tunnel.coordination.connected(now), []);
@@ -291,8 +292,8 @@ impl Tunnel {
 
     /// What a manager is told now.
     fn tell(&mut self) -> Option<vpn::PeerUpdate> {
-        let told = difference(&self.seen, self.roster.snapshot());
-        self.seen = self.roster.snapshot().clone();
+        let told = self.sent.difference(self.roster.snapshot());
+        self.sent.note_difference(Arc::new(self.roster.snapshot().clone()));
         told
     }
 

@@ -12,6 +12,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -23,7 +24,7 @@ use warren_core::{
     home::{Homes, RegionLatency, Report},
     own_node::{OwnIdentity, OwnNode},
     relay_map::{NodeAddress, RegionId, RelayMap},
-    roster::{Roster, Snapshot, Update, Workspaces, difference},
+    roster::{Roster, Sent, Update, Workspaces},
 };
 use warren_proto::{
     drpc::{Decoder, Kind},
@@ -44,8 +45,8 @@ fn the_life_of_a_workspace_leads_to_the_right_tunnels_names_and_messages() {
         suffix: DEFAULT_SUFFIX.to_owned(),
         ..Workspaces::default()
     };
-    let (mut roster, mut coordination, mut seen) =
-        (Roster::default(), Coordination::default(), Snapshot::default());
+    let (mut roster, mut coordination, mut sent) =
+        (Roster::default(), Coordination::default(), Sent::default());
     let now = Instant::now();
     coordination.connected(now);
     let mut story = Vec::new();
@@ -55,7 +56,7 @@ fn the_life_of_a_workspace_leads_to_the_right_tunnels_names_and_messages() {
         assert_eq!(roster.set_workspaces(&workspaces), []);
         let requests = coordination.set_destinations(now, &workspaces.agent_ids(), update).requests;
         let added = requests.iter().filter(|it| it.add_tunnel.is_some()).count();
-        let told = difference(&seen, roster.snapshot()).unwrap();
+        let told = sent.difference(roster.snapshot()).unwrap();
         story.push((
             (roster.snapshot().workspaces.len(), roster.snapshot().agents.len()),
             (added, requests.len() - added),
@@ -67,7 +68,7 @@ fn the_life_of_a_workspace_leads_to_the_right_tunnels_names_and_messages() {
                 |name| roster.snapshot().agents.values().find(|it| it.name == name).unwrap().fqdn[0].as_str();
             assert_eq!([first("main"), first("alpha")], ["dev.coder.", "alpha.pair.me.coder."]);
         }
-        seen = roster.snapshot().clone();
+        sent.note_difference(Arc::new(roster.snapshot().clone()));
         update = Update::Diff;
     }
     // There are; tunnels asked for and given back; upserts and deletes of workspaces and agents.

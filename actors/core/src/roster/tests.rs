@@ -4,7 +4,7 @@ use bytes::Bytes;
 use proptest::prelude::*;
 use warren_proto::{tailnet, vpn};
 
-use super::*;
+use super::{update::tests::difference, *};
 use crate::{coordination::Coordination, relay_map::ConnectionInfo};
 
 mod ledger;

@@ -53,11 +53,6 @@ impl Sent {
     }
 }
 
-/// The message that leads from `old` to `new`, or `None` if nothing differs.
-pub fn difference(old: &Snapshot, new: &Snapshot) -> Option<vpn::PeerUpdate> {
-    Sent { told: Arc::new(old.clone()), answered: Snapshot::default() }.difference(new)
-}
-
 /// The message that tells everything, whatever was seen before: upserts only.
 pub fn complete(snapshot: &Snapshot) -> vpn::PeerUpdate {
     vpn::PeerUpdate {
@@ -148,10 +143,17 @@ fn nanos(span: Duration) -> i32 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::net::Ipv6Addr;
 
     use super::*;
+
+    /// The message that leads a reader from `old` to `new`, or `None` if nothing differs.
+    pub(in crate::roster) fn difference(old: &Snapshot, new: &Snapshot) -> Option<vpn::PeerUpdate> {
+        let mut sent = Sent::default();
+        sent.note_difference(Arc::new(old.clone()));
+        sent.difference(new)
+    }
 
     /// Conforms: vpn:T9
     #[test]
