@@ -40,6 +40,9 @@ use crate::{
     tunnels,
 };
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod stand_in;
+
 /// Everything that lives as long as the service. Made by the composition, lent to the parts.
 pub struct Service {
     /// Where sockets and state are.

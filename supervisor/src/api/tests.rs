@@ -14,10 +14,9 @@ use super::*;
 use crate::{
     child::{ChildSpec, SupervisorSpec},
     config::Config,
-    facts::{Options, TunnelState},
+    facts::{Options, TunnelState, stand_in},
     intent,
     link::{self, AgentPing, Answers, LinkClient},
-    paths::{Paths, Scope},
     process::Spawner,
     sockets,
     tree::{NodeInfo, Tree},
@@ -109,23 +108,9 @@ impl Bench {
 
     async fn begin(allow_faults: bool) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let paths = Paths {
-            scope: Scope::User,
-            runtime_dir: folder.path().to_owned(),
-            state_dir: folder.path().to_owned(),
-            config: folder.path().join("config.toml"),
-            config_is_named: false,
-        };
-        let options = Options {
-            with_device: false,
-            allow_faults,
-            version: "0.0.0",
-            uid: rustix::process::geteuid().as_raw(),
-            log_filter: "info".into(),
-            agent_metrics: false,
-            ca_file: None,
-            client_certificate: None,
-        };
+        let paths = stand_in::paths(folder.path());
+        let uid = rustix::process::geteuid().as_raw();
+        let options = Options { allow_faults, uid, ..stand_in::options() };
         let metrics = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = metrics.local_addr().unwrap();
         let surface = Arc::new(Surface {

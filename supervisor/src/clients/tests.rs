@@ -16,9 +16,8 @@ use super::*;
 use crate::{
     child::{ChildSpec, SupervisorSpec},
     config::Config,
-    facts::Options,
+    facts::{Options, stand_in},
     intent::{Desired, Order},
-    paths::{Paths, Scope},
     process::Spawner,
     sockets,
     tree::Tree,
@@ -64,25 +63,10 @@ impl Part for Obedient {
 
 /// A service that nobody runs, and that keeps what it has in `folder`.
 fn service(folder: &Path) -> Arc<Service> {
-    let paths = Paths {
-        scope: Scope::User,
-        runtime_dir: folder.to_owned(),
-        state_dir: folder.to_owned(),
-        config: folder.join("config.toml"),
-        config_is_named: false,
-    };
-    let options = Options {
-        with_device: false,
-        allow_faults: true,
-        version: "0.0.0",
-        uid: rustix::process::geteuid().as_raw(),
-        log_filter: "info".into(),
-        agent_metrics: false,
-        ca_file: None,
-        client_certificate: None,
-    };
+    let options =
+        Options { allow_faults: true, uid: rustix::process::geteuid().as_raw(), ..stand_in::options() };
     let spawner = Spawner::start(tokio::runtime::Handle::current()).unwrap();
-    Arc::new(Service::new(paths, Config::default(), options, spawner))
+    Arc::new(Service::new(stand_in::paths(folder), Config::default(), options, spawner))
 }
 
 struct Bench {

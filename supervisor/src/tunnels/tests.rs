@@ -18,10 +18,9 @@ use super::*;
 use crate::{
     child::{ChildSpec, SupervisorSpec},
     config::Config,
-    facts::Options,
+    facts::stand_in,
     host,
     intent::{Desired, Intent},
-    paths::{Paths, Scope},
     process::Spawner,
     tree::Tree,
 };
@@ -217,25 +216,9 @@ fn script(folder: &Path, mode: &str) -> std::path::PathBuf {
 }
 
 pub(super) fn service(folder: &Path, program: std::path::PathBuf) -> Service {
-    let paths = Paths {
-        scope: Scope::User,
-        runtime_dir: folder.to_owned(),
-        state_dir: folder.to_owned(),
-        config: folder.join("config.toml"),
-        config_is_named: false,
-    };
-    let options = Options {
-        with_device: false,
-        allow_faults: false,
-        version: "0.0.0",
-        uid: 0,
-        log_filter: "info".into(),
-        agent_metrics: false,
-        ca_file: None,
-        client_certificate: None,
-    };
     let config = Config { tunnel_binary: Some(program), ..Config::default() };
-    Service::new(paths, config, options, Spawner::start(Handle::current()).unwrap())
+    let spawner = Spawner::start(Handle::current()).unwrap();
+    Service::new(stand_in::paths(folder), config, stand_in::options(), spawner)
 }
 
 fn is_alive(pid: u32) -> bool {
