@@ -180,12 +180,7 @@ mod ending {
         let LinkState::Waiting { error, .. } = waiting else { panic!("not waiting") };
         assert_eq!(error, "the deployment ended StreamDERPMaps");
         assert_eq!(coordinate.packet().await, None, "the deployment is not told that we leave");
-        let no_peers = rig.net.network_map.view().wait_for(|map| map.peers.is_empty()).await;
-        assert!(no_peers.is_some(), "one that never answered a handshake is given up at once");
-
-        let mut connection = rig.deployment.connection().await;
-        let mut coordinate = connection.call("Coordinate").await;
-        assert_eq!(asked(&mut coordinate).await, id(1));
+        rig.loses_its_peer_and_asks_for_it_again().await;
     }
 
     #[tokio::test]
@@ -577,6 +572,15 @@ impl Rig {
         let mut map = self.net.network_map.view();
         let is_there = map.wait_for(|map| map.peers.contains_key(&id(peer)));
         timeout(SOON, is_there).await.expect("a programmed peer").unwrap();
+    }
+
+    /// One that never answered a handshake is given up at once; the next connection asks for it again.
+    async fn loses_its_peer_and_asks_for_it_again(&mut self) {
+        let no_peers = self.net.network_map.view().wait_for(|map| map.peers.is_empty()).await;
+        assert!(no_peers.is_some(), "one that never answered a handshake is given up at once");
+        let mut connection = self.deployment.connection().await;
+        let mut coordinate = connection.call("Coordinate").await;
+        assert_eq!(asked(&mut coordinate).await, id(1));
     }
 
     async fn remembers_a_token(&self) {

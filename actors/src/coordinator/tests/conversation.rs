@@ -79,11 +79,7 @@ async fn the_end_of_the_coordination_loses_everybody_and_the_connection_is_made_
     rig.programmed(1).await;
 
     coordinate.write(Kind::Close, &[]).await;
-    let no_peers = rig.net.network_map.view().wait_for(|map| map.peers.is_empty()).await;
-    assert!(no_peers.is_some(), "one that never answered a handshake is given up at once");
-    let mut connection = rig.deployment.connection().await;
-    let mut coordinate = connection.call("Coordinate").await;
-    assert_eq!(asked(&mut coordinate).await, id(1));
+    rig.loses_its_peer_and_asks_for_it_again().await;
 }
 
 /// Conforms: control:L20
