@@ -109,8 +109,7 @@ impl Bench {
     async fn begin(allow_faults: bool) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let paths = stand_in::paths(folder.path());
-        let uid = rustix::process::geteuid().as_raw();
-        let options = Options { allow_faults, uid, ..stand_in::options() };
+        let options = Options { allow_faults, ..stand_in::options() };
         let metrics = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = metrics.local_addr().unwrap();
         let surface = Arc::new(Surface {

@@ -63,8 +63,7 @@ impl Part for Obedient {
 
 /// A service that nobody runs, and that keeps what it has in `folder`.
 fn service(folder: &Path) -> Arc<Service> {
-    let options =
-        Options { allow_faults: true, uid: rustix::process::geteuid().as_raw(), ..stand_in::options() };
+    let options = Options { allow_faults: true, ..stand_in::options() };
     let spawner = Spawner::start(tokio::runtime::Handle::current()).unwrap();
     Arc::new(Service::new(stand_in::paths(folder), Config::default(), options, spawner))
 }

@@ -16,13 +16,13 @@ pub(crate) fn paths(folder: &Path) -> Paths {
     }
 }
 
-/// Run by root, without a device, faults and whatever else can be chosen.
+/// Run by whoever asks, without a device, faults and whatever else can be chosen.
 pub(crate) fn options() -> Options {
     Options {
         with_device: false,
         allow_faults: false,
         version: "0.0.0",
-        uid: 0,
+        uid: rustix::process::geteuid().as_raw(),
         log_filter: "info".into(),
         agent_metrics: false,
         ca_file: None,

@@ -182,8 +182,8 @@ impl Nginx {
         self.port
     }
 
-    /// Has it read another configuration, and waits until that is in force. What was connected before is cut
-    /// a second later.
+    /// Has it read another configuration, and waits until that alone is in force. What was connected before is
+    /// cut a second later.
     pub(crate) fn reload(&mut self, front: &Front) {
         self.generation += 1;
         let text = front.text(self.port, &marker(&self.folder), self.generation);
@@ -194,6 +194,16 @@ impl Nginx {
             "it ended: {}",
             self.errors()
         );
+        // Until it has been told, the worker of before takes connections too.
+        eventually("only the new worker listens", || self.listeners() == 1);
+    }
+
+    /// How many workers take connections. One that is leaving says so in its title.
+    fn listeners(&self) -> usize {
+        let master = self.child.id();
+        let workers = std::fs::read_to_string(format!("/proc/{master}/task/{master}/children")).unwrap();
+        let title = |pid: &str| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        workers.split_whitespace().filter(|pid| title(pid).starts_with("nginx: worker process\0")).count()
     }
 
     /// Kills it as a power cut would.
