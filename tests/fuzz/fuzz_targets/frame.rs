@@ -12,9 +12,6 @@ use warren_proto::{
 
 warren_fuzz::target!(check);
 
-/// What an allocation takes beside what was asked for, and whatever is no list and no text.
-const SLACK: usize = 1024;
-
 fn check(data: &[u8]) {
     let mut input = Input::new(data);
     let kind = input.byte();
@@ -63,7 +60,7 @@ fn read<M: SpeakerMessage>(mut stream: &[u8], mut length: impl FnMut() -> usize)
                     let message = frame::unpack(payload);
                     let held = limits::held() - before;
                     drop(kept);
-                    assert!(held <= weight + SLACK, "{held} bytes are held, {weight} were weighed");
+                    assert!(held <= weight + limits::SLACK, "{held} bytes are held, {weight} were weighed");
                     message
                 }
                 Err(error) => Err(error),

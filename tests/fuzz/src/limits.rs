@@ -67,6 +67,9 @@ fn grow(size: usize) {
     }
 }
 
+/// What an allocation may take beside what was counted for it, and whatever is no list, no map and no text.
+pub const SLACK: usize = 1024;
+
 /// Bytes that are held now.
 pub fn held() -> usize {
     HELD.load(Relaxed)

@@ -100,6 +100,12 @@ impl Seeds {
         self.write("yamux", name, &connection)?;
         for (stream, bytes) in streams.into_iter().filter(|(_, bytes)| !bytes.is_empty()) {
             self.write("drpc", &format!("{name}-{stream}"), &[&[2], bytes.as_slice()].concat())?;
+            // A message behind its header: control byte, two ids, and a length of one or two bytes.
+            for (header, kind) in (4..6).flat_map(|header| (0..4).map(move |kind| (header, kind))) {
+                let said = chunk(bytes.get(header..).unwrap_or_default());
+                let input = [&[kind], said.as_slice()].concat();
+                self.write("tailnet", &format!("{name}-{stream}-{header}-{kind}"), &input)?;
+            }
             for call in 0..4_u8 {
                 let chunk = chunk(&bytes);
                 let input = [&[0, 5 | call << 3], chunk.as_slice()].concat();
@@ -142,6 +148,11 @@ impl Seeds {
     fn by_hand(&self) -> Outcome {
         self.write("correlator", "calls", &[0, 0, 0, 4, 0, 9, 1, 1, 4, 0, 0, 2, 2, 3, 3])?;
         self.write("drpc", "written", &[0x80, 1, 1, 65, 0, 9, 1, 66, 0x7f, 0xff, 5, 0, 0, 0])?;
+        for (name, said) in [("peers", [0x0a, 0]), ("regions", [0x12, 0]), ("deleted", [0x22, 0])] {
+            for kind in 0..4 {
+                self.write("tailnet", &format!("{name}-{kind}"), &[kind | 62 << 2, 0, 2, said[0], said[1]])?;
+            }
+        }
         let all = "metrics_listen = \"[::1]:1\"\nmetrics_per_agent = true\nallow_http_hosts = [\"Dev.Example\"]\n\
                    extra_socket = \"/x\"\nca_file = \"/ca.pem\"\ngroup = \"g\"\n[log]\nformat = \"json\"\nfilter = \"debug\"\n\
                    [tunnel]\nbinary = \"/t\"\nversion = \"2.31.1\"\n";
