@@ -1,6 +1,7 @@
 //! The lab as a client sees it, by a client of its own that knows only the wire.
 
 mod http;
+mod recorded;
 mod rpc;
 
 use std::{net::Ipv6Addr, time::Duration};
@@ -267,10 +268,14 @@ impl Client {
         self.pipe.abort();
     }
 
+    /// A stream on which nothing is said yet.
+    async fn open(&mut self) -> Call {
+        Call { stream: self.yamux.open_stream().await.unwrap(), reader: Reader::default(), id: (1, 0) }
+    }
+
     /// Makes a call on a stream of its own and says its first message.
     async fn ask(&mut self, method: Method, request: &impl prost::Message) -> Call {
-        let mut call =
-            Call { stream: self.yamux.open_stream().await.unwrap(), reader: Reader::default(), id: (1, 0) };
+        let mut call = self.open().await;
         call.begin(method, request).await;
         call
     }

@@ -98,20 +98,32 @@ async fn transport(context: Context, stream: StreamHandle) {
     let (mut read, write) = tokio::io::split(stream);
     let (packets, mut incoming) = mpsc::channel(PACKETS);
     let mut writer = Writer::new(write);
-    // The stream is read whatever a call does, or its window updates would not be seen.
+    // The stream is read whatever a call does, or its window updates would not be seen. What came before its
+    // end, or before a broken rule, is still handled: the end of the packets ends the calls.
     let reading = async move {
         let mut reader = Reader::default();
         loop {
-            while let Some(packet) = reader.next().map_err(|drpc::Violation| Over::Transport)? {
-                packets.try_send(packet).map_err(|_| Over::Transport)?;
+            loop {
+                match reader.next() {
+                    Ok(Some(packet)) => match packets.try_send(packet) {
+                        Ok(()) => {}
+                        Err(_) => return,
+                    },
+                    Ok(None) => break,
+                    Err(drpc::Violation) => return,
+                }
             }
-            if read.read_buf(&mut reader.buffer).await? == 0 {
-                return Err::<(), Over>(Over::Transport);
+            if !matches!(read.read_buf(&mut reader.buffer).await, Ok(1..)) {
+                return;
             }
         }
     };
+    let reading = async {
+        reading.await;
+        std::future::pending().await
+    };
     tokio::select! {
-        _ = reading => {}
+        () = reading => {}
         () = calls(&context, &mut incoming, &mut writer) => {}
     }
     writer.finish().await;
@@ -138,7 +150,7 @@ async fn calls(context: &Context, incoming: &mut mpsc::Receiver<Packet>, writer:
             drpc::INVOKE_METADATA if Metadata::decode(packet.data).is_ok() => {}
             drpc::INVOKE_METADATA => return,
             // Before the first call this stops the reader for good, and nothing more is answered.
-            _ if is_first => return std::future::pending().await,
+            _ if is_first => while incoming.recv().await.is_some() {},
             // What still comes of a call that is over.
             _ => {}
         }
@@ -329,6 +341,8 @@ async fn relay_maps(
         }
     };
     tokio::select! {
+        // Who has ended the call already is told nothing.
+        biased;
         over = until_ended(incoming) => Err(over),
         told = telling => Ok(told?),
     }
@@ -362,6 +376,8 @@ async fn workspace_updates(
         }
     };
     tokio::select! {
+        // Who has ended the call already is told nothing.
+        biased;
         over = until_ended(incoming) => Err(over),
         told = telling => Ok(told?),
     }
