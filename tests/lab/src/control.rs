@@ -7,10 +7,11 @@ pub(crate) mod drpc;
 mod fault;
 pub(crate) mod listener;
 pub(crate) mod map_source;
+mod raw;
 mod record;
 pub(crate) mod relay_map;
 mod resume;
-mod rpc;
+pub(crate) mod rpc;
 mod telemetry;
 mod version;
 mod websocket;
@@ -31,6 +32,7 @@ pub use self::{
     coordinator::ReplicaHealth,
     fault::{CallFault, Check, Endpoint, HttpFault, Method, Times},
     map_source::MapSource,
+    raw::{Layer, Raw, Then},
     record::{Connection, Ended, Recording, Report, Reported, Request},
     relay_map::{EMBEDDED_REGION, FIRST_FURTHER_REGION, MapError},
     telemetry::Device,
@@ -193,6 +195,11 @@ impl Control {
         self.0.faults.calls().arm(method, fault, times);
     }
 
+    /// Spoils connections: up to a layer all is in order, and in its place come these bytes.
+    pub fn fail_layer(&self, layer: Layer, raw: Raw, times: Times) {
+        self.0.faults.layers().arm(layer, raw, times);
+    }
+
     /// Ends the faults of one endpoint.
     pub fn heal_endpoint(&self, endpoint: Endpoint) {
         self.0.faults.http().disarm(&endpoint);
@@ -208,7 +215,7 @@ impl Control {
         self.0.faults.checks().disarm(&check);
     }
 
-    /// Ends all faults of endpoints, checks and calls.
+    /// Ends all faults of endpoints, checks, calls and layers.
     pub fn heal(&self) {
         self.0.faults.heal();
     }

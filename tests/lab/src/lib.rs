@@ -48,8 +48,8 @@ pub use self::{
     agent::{AgentStats, End},
     control::{
         BUILD_VERSION, CallFault, Check, Connection, Control, Device, EMBEDDED_REGION, Ended, Endpoint,
-        FIRST_FURTHER_REGION, HttpFault, MapError, MapSource, Method, Recording, ReplicaHealth, Report,
-        Reported, Request, Status, Times, Workspace, Workspaces,
+        FIRST_FURTHER_REGION, HttpFault, Layer, MapError, MapSource, Method, Raw, Recording, ReplicaHealth,
+        Report, Reported, Request, Status, Then, Times, Workspace, Workspaces,
     },
     relay::Relay,
 };

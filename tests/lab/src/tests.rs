@@ -1,6 +1,7 @@
 //! The lab as a client sees it, by a client of its own that knows only the wire.
 
 mod http;
+mod layers;
 mod recorded;
 mod rpc;
 

@@ -185,6 +185,11 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
         self.sink.flush().await
     }
 
+    /// What the frames are written to.
+    pub(crate) fn raw(&mut self) -> &mut W {
+        &mut self.sink
+    }
+
     /// Ends the transport in this direction.
     pub(crate) async fn finish(&mut self) {
         let _ = self.sink.shutdown().await;

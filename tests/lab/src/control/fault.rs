@@ -8,6 +8,8 @@ use std::{
 
 use http::StatusCode;
 
+use super::raw::{Layer, Raw};
+
 /// What the listener serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Endpoint {
@@ -120,6 +122,8 @@ pub enum CallFault {
     Close,
     /// Accepted, and never answered.
     Silent,
+    /// These bytes on the call's stream instead of an answer.
+    Raw(Raw),
 }
 
 /// How often a fault strikes.
@@ -136,6 +140,7 @@ pub(crate) struct Faults {
     http: Armed<Endpoint, HttpFault>,
     checks: Armed<Check, ()>,
     calls: Armed<Method, CallFault>,
+    layers: Armed<Layer, Raw>,
 }
 
 impl Faults {
@@ -151,10 +156,15 @@ impl Faults {
         &self.calls
     }
 
+    pub(crate) fn layers(&self) -> &Armed<Layer, Raw> {
+        &self.layers
+    }
+
     pub(crate) fn heal(&self) {
         self.http.clear();
         self.checks.clear();
         self.calls.clear();
+        self.layers.clear();
     }
 }
 

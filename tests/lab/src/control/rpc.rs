@@ -18,7 +18,8 @@ use super::{
     coordinator::{Auth, Gone, Place},
     drpc::{self, Packet, Reader, Writer},
     fault::{CallFault, Method},
-    record::Connection,
+    raw::{Layer, Raw, Then},
+    record::{Connection, Ended},
     telemetry::Device,
     websocket,
     workspaces::Workspaces,
@@ -34,9 +35,9 @@ const CLIENT: &str = "client";
 type Sink = Writer<WriteHalf<StreamHandle>>;
 
 /// Who comes to a new connection.
-pub(super) struct Visit {
-    pub(super) peer: Uuid,
-    pub(super) device: Option<Device>,
+pub(crate) struct Visit {
+    pub(crate) peer: Uuid,
+    pub(crate) device: Option<Device>,
 }
 
 /// What calls know of their connection.
@@ -48,7 +49,7 @@ struct Context {
 }
 
 /// Serves a connection until either side ends it.
-pub(super) async fn serve<S>(state: Arc<State>, work: Work, visit: Visit, stream: S)
+pub(crate) async fn serve<S>(state: Arc<State>, work: Work, visit: Visit, stream: S)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -63,6 +64,14 @@ where
     let work = work.child();
     let (close, closes) = mpsc::channel(4);
     state.live().insert(connection, Live { work: work.clone(), close });
+    if let Some(raw) = state.faults.layers().strike(&Layer::WebSocket) {
+        tokio::select! {
+            () = raw.serve(stream) => {}
+            () = work.cancelled() => {}
+        }
+        state.live().remove(&connection);
+        return state.recorder.ended(connection, Ended::ByLab);
+    }
     let liveness = websocket::Liveness(state.options.websocket_ping);
     let ending = Arc::clone(&state);
     let ended = move |how| {
@@ -70,6 +79,9 @@ where
         ending.recorder.ended(connection, how);
     };
     let pipe = websocket::carry(stream, Some(liveness), closes, &work, ended).await;
+    if let Some(raw) = state.faults.layers().strike(&Layer::Yamux) {
+        return raw.serve(pipe).await;
+    }
     let config = Config { keepalive_interval: state.options.yamux_keepalive, ..Config::default() };
     let mut session = Session::new_server(pipe, config);
     let context = Context { state, connection, peer };
@@ -208,6 +220,7 @@ async fn call(
         (_, Some(CallFault::Unimplemented)) => Ok(writer.error(UNIMPLEMENTED, "Unimplemented").await?),
         (_, Some(CallFault::Error(code, text))) => Ok(writer.error(code, &text).await?),
         (_, Some(CallFault::Close)) => Ok(writer.close().await?),
+        (_, Some(CallFault::Raw(raw))) => spoil(&raw, incoming, writer).await,
         (Some(method), Some(CallFault::Silent)) => silent(context, method, incoming).await,
         (Some(Method::Coordinate), None) => coordinate(context, incoming, writer).await,
         (Some(Method::StreamDerpMaps), None) => relay_maps(context, incoming, writer).await,
@@ -242,6 +255,15 @@ async fn silent(
         {
             context.state.recorder.coordinate(context.connection, request);
         }
+    }
+}
+
+/// Writes what a test wants on the stream.
+async fn spoil(raw: &Raw, incoming: &mut mpsc::Receiver<Packet>, writer: &mut Sink) -> Result<(), Over> {
+    raw.write(writer.raw()).await?;
+    match raw.then {
+        Then::HangUp => Err(Over::Transport),
+        Then::StaySilent => Err(until_ended(incoming).await),
     }
 }
 

@@ -15,7 +15,8 @@ use tokio::{
 use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{
-        Message,
+        Error, Message,
+        error::ProtocolError,
         handshake::derive_accept_key,
         protocol::{CloseFrame, Role, WebSocketConfig, frame::coding::CloseCode},
     },
@@ -168,7 +169,11 @@ where
                         return Reading::Ended(Ended::Closed(code, reason));
                     }
                     Some(Ok(_)) => {}
-                    Some(Err(tokio_tungstenite::tungstenite::Error::Protocol(_))) => {
+                    // A deployment names no error here.
+                    Some(Err(Error::Protocol(ProtocolError::UnmaskedFrameFromClient))) => {
+                        return Reading::Refused(CloseCode::Normal, "");
+                    }
+                    Some(Err(Error::Protocol(_))) => {
                         return Reading::Refused(CloseCode::Protocol, "protocol error");
                     }
                     Some(Err(_)) | None => return Reading::Ended(Ended::Lost),
@@ -214,7 +219,7 @@ enum Reading {
 
 /// Writes what comes from inside, the pings and the close. `Ok` once a close frame was sent.
 async fn write(
-    sink: &mut (impl SinkExt<Message, Error = tokio_tungstenite::tungstenite::Error> + Unpin),
+    sink: &mut (impl SinkExt<Message, Error = Error> + Unpin),
     from_inside: &mut (impl AsyncRead + Unpin),
     liveness: Option<Liveness>,
     closes: &mut mpsc::Receiver<Close>,
