@@ -2,6 +2,7 @@
 //! it heard.
 
 mod answer;
+mod clock;
 pub(crate) mod coordinator;
 pub(crate) mod drpc;
 mod fault;
@@ -23,9 +24,12 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{broadcast, mpsc, watch};
 use uuid::Uuid;
-use warren_proto::tailnet;
+use warren_proto::{
+    address::coder_address,
+    tailnet::{self, CoordinateResponse, Node, coordinate_response::PeerUpdate},
+};
 
 pub use self::{
     answer::BUILD_VERSION,
@@ -39,10 +43,18 @@ pub use self::{
     workspaces::{Status, Workspace, Workspaces},
 };
 use self::{
-    coordinator::Coordinator, coordinator::Kind, fault::Faults, record::Recorder, resume::Tokens,
+    coordinator::{CHUNK, Coordinator, Kind},
+    fault::Faults,
+    record::Recorder,
+    resume::Tokens,
     telemetry::Batcher,
 };
 use crate::{LabOptions, relay::Relay, work::Work};
+
+/// Injected updates that may wait for a stream; one that is further behind misses some.
+const INJECTED: usize = 256;
+/// Where the IDs of peers begin that there are not.
+const FLOOD: u128 = 0xf100d << 64;
 
 /// Everything of the control plane.
 pub(crate) struct State {
@@ -63,6 +75,8 @@ pub(crate) struct State {
     live: Mutex<BTreeMap<usize, Live>>,
     cut_maps: watch::Sender<()>,
     cut_updates: watch::Sender<()>,
+    /// Updates of workspaces that are told as they are.
+    injected: broadcast::Sender<tailnet::WorkspaceUpdate>,
 }
 
 /// A connection that lives.
@@ -96,6 +110,7 @@ impl State {
             live: Mutex::default(),
             cut_maps: watch::Sender::new(()),
             cut_updates: watch::Sender::new(()),
+            injected: broadcast::Sender::new(INJECTED),
             options,
         }
     }
@@ -164,6 +179,12 @@ impl Control {
     #[must_use]
     pub fn tunnels(&self) -> Vec<(Uuid, Uuid)> {
         self.0.coordinator.tunnels()
+    }
+
+    /// What a peer, client or agent, has told of itself.
+    #[must_use]
+    pub fn node(&self, peer: Uuid) -> Option<Node> {
+        self.0.coordinator.node(peer)
     }
 
     /// How many control connections live.
@@ -267,6 +288,21 @@ impl Control {
     /// Sends any response to every client, as it is.
     pub fn inject(&self, response: &tailnet::CoordinateResponse) {
         self.0.coordinator.inject(response);
+    }
+
+    /// Tells every client of so many peers that there are not, in responses as long as any.
+    pub fn flood_peers(&self, count: u32) {
+        let ids: Vec<Uuid> = (0..count).map(|number| Uuid::from_u128(FLOOD | u128::from(number))).collect();
+        for some in ids.chunks(CHUNK) {
+            let peer_updates = some.iter().map(flooding).collect();
+            self.inject(&CoordinateResponse { peer_updates, error: String::new() });
+        }
+    }
+
+    /// Tells every stream of workspaces this, as it is; what is told later does not know of it.
+    pub fn inject_workspaces(&self, update: tailnet::WorkspaceUpdate) {
+        // Without a stream there is nobody to tell.
+        let _ = self.0.injected.send(update);
     }
 
     /// Sends an error text to every client and closes the coordination streams.
@@ -379,5 +415,30 @@ impl Control {
     /// Makes every resume token worthless that was issued so far.
     pub fn forget_resume_tokens(&self) {
         self.0.tokens.forget();
+    }
+
+    /// Puts the deployment's date forward, by which tokens expire.
+    pub fn advance_clock(&self, by: Duration) {
+        self.0.tokens.clock.advance(by);
+    }
+}
+
+fn flooding(id: &Uuid) -> PeerUpdate {
+    let prefix = vec![format!("{}/128", coder_address(id))];
+    let key = [id.as_bytes().as_slice(), id.as_bytes().as_slice()].concat();
+    let digits: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
+    let node = Node {
+        key: [b"np".as_slice(), &key].concat().into(),
+        disco: format!("discokey:{digits}"),
+        preferred_derp: 999,
+        addresses: prefix.clone(),
+        allowed_ips: prefix,
+        ..Node::default()
+    };
+    PeerUpdate {
+        id: id.as_bytes().to_vec().into(),
+        node: Some(node),
+        kind: Kind::Node.into(),
+        reason: "update".to_owned(),
     }
 }

@@ -213,6 +213,9 @@ impl Coordinator {
     /// Whether READY_FOR_HANDSHAKE is held back; what was held is sent when it is no more.
     pub(crate) fn hold_ready(&self, hold: bool) {
         let mut inner = self.lock();
+        if let Some(replicas) = &mut inner.replicas {
+            return replicas.hold_ready(hold);
+        }
         if hold {
             inner.held.get_or_insert_default();
         } else {
@@ -225,6 +228,9 @@ impl Coordinator {
     /// Sends a response to every client as it is, past all rules.
     pub(crate) fn inject(&self, response: &CoordinateResponse) {
         let inner = self.lock();
+        if let Some(replicas) = &inner.replicas {
+            return replicas.inject(response);
+        }
         for peer in inner.peers.values().filter(|peer| peer.auth == Auth::Client) {
             let _ = peer.output.try_send(response.clone());
         }
@@ -234,6 +240,9 @@ impl Coordinator {
     /// agent's next node it is back.
     pub(crate) fn pretend_gone(&self, agent: Uuid, kind: Kind, reason: &str) {
         let mut inner = self.lock();
+        if let Some(replicas) = &mut inner.replicas {
+            return replicas.pretend_gone(agent, kind);
+        }
         for other in inner.tunnels.peers_of(agent) {
             inner.tell_gone(other, agent, kind, reason);
         }
@@ -242,6 +251,9 @@ impl Coordinator {
     /// Tells an agent's node again to every client that knows it, even if it is the same.
     pub(crate) fn repeat_node(&self, agent: Uuid) {
         let mut inner = self.lock();
+        if let Some(replicas) = &inner.replicas {
+            return replicas.repeat_node(agent);
+        }
         let Some(node) = inner.peers.get(&agent).and_then(|peer| peer.node.clone()) else { return };
         for other in inner.tunnels.peers_of(agent) {
             inner.tell(other, vec![node_update(agent, node.clone(), "node update")]);
@@ -303,6 +315,15 @@ impl Coordinator {
             return replicas.clients();
         }
         inner.peers.iter().filter(|(_, peer)| peer.auth == Auth::Client).map(|(id, _)| *id).collect()
+    }
+
+    /// What a connected peer has told of itself.
+    pub(crate) fn node(&self, id: Uuid) -> Option<Node> {
+        let inner = self.lock();
+        match &inner.replicas {
+            Some(replicas) => replicas.node(id),
+            None => inner.peers.get(&id)?.node.clone(),
+        }
     }
 
     /// The tunnels, each source and destination.

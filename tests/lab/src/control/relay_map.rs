@@ -133,6 +133,21 @@ fn node(region: i64, suffix: &str, at: SocketAddr) -> Node {
     }
 }
 
+/// Whether a map is worth telling after another: home parameters and the order of nodes do not count
+/// (tailnet-control 7.1).
+pub(crate) fn differs(old: &DerpMap, new: &DerpMap) -> bool {
+    let comparable = |region: &Region| {
+        let mut region = region.clone();
+        region.nodes.iter_mut().for_each(|node| node.can_port_80 = false);
+        region.nodes.sort_by(|one, other| one.name.cmp(&other.name));
+        region
+    };
+    let is_other = |id: &i64, region: &Region| {
+        old.regions.get(id).is_none_or(|before| comparable(before) != comparable(region))
+    };
+    old.regions.len() != new.regions.len() || new.regions.iter().any(|(id, region)| is_other(id, region))
+}
+
 /// The JSON form: capitalised keys, what is zero left out.
 pub(crate) fn json(map: &DerpMap) -> Value {
     let regions: Map<String, Value> =
@@ -185,6 +200,8 @@ fn node_json(node: &Node) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use warren_proto::tailnet::derp_map::HomeParams;
+
     use super::*;
 
     #[test]
@@ -205,6 +222,34 @@ mod tests {
         let region = regions.iter().find(|region| region.region_id == FIRST_FURTHER_REGION).unwrap();
         assert!(!region.embedded_relay);
         assert_eq!((region.nodes[0].ipv6.as_str(), region.nodes[0].derp_port), ("::1", 2));
+    }
+
+    #[test]
+    fn only_what_regions_and_nodes_are_makes_a_map_another_one() {
+        let second = "[::1]:2".parse().unwrap();
+        let old = DerpMap {
+            regions: own_regions(second, &[second])
+                .into_iter()
+                .map(|region| (region.region_id, region))
+                .collect(),
+            ..DerpMap::default()
+        };
+        let is_told = |change: fn(&mut DerpMap)| {
+            let mut new = old.clone();
+            change(&mut new);
+            assert_eq!(differs(&old, &new), differs(&new, &old));
+            differs(&old, &new)
+        };
+        assert!(is_told(|map| drop(map.regions.pop_last())));
+        assert!(is_told(|map| map.regions.values_mut().for_each(|region| region.avoid = true)));
+        assert!(is_told(|map| map.regions.values_mut().for_each(|region| region.nodes.clear())));
+        assert!(is_told(|map| map.regions.values_mut().for_each(|region| region.nodes[0].derp_port = 7)));
+        assert!(!is_told(|map| map
+            .regions
+            .values_mut()
+            .for_each(|region| region.nodes[0].can_port_80 = true)));
+        assert!(!is_told(|map| map.home_params = Some(HomeParams { region_score: [(999, 0.5)].into() })));
+        assert!(!is_told(|_| {}));
     }
 
     /// Conforms: control:D2

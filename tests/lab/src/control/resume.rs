@@ -7,13 +7,15 @@
 use std::{
     collections::BTreeMap,
     sync::{Mutex, PoisonError},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde_json::Value;
 use uuid::Uuid;
 use warren_proto::{key::random, tailnet::RefreshResumeTokenResponse};
+
+use super::clock::Clock;
 
 /// How long after its end a token is still taken.
 const LEEWAY: u64 = 60;
@@ -23,6 +25,7 @@ const HEADER: &str = r#"{"alg":"HS512","kid":"1"}"#;
 
 #[derive(Default)]
 pub(crate) struct Tokens {
+    pub(crate) clock: Clock,
     /// Signatures by what they sign; the payload begins with its expiry so that the oldest come first.
     issued: Mutex<BTreeMap<(u64, Uuid), String>>,
 }
@@ -30,7 +33,7 @@ pub(crate) struct Tokens {
 impl Tokens {
     /// A token for a peer. Two within one second are the same.
     pub(crate) fn issue(&self, peer: Uuid, lifetime: Duration) -> RefreshResumeTokenResponse {
-        let expires = now() + lifetime.as_secs();
+        let expires = (self.clock.date() + lifetime).as_secs();
         let mut issued = self.issued.lock().unwrap_or_else(PoisonError::into_inner);
         if issued.len() >= REMEMBERED {
             issued.pop_first();
@@ -56,10 +59,6 @@ impl Tokens {
 
     /// The peer that a token stands for; `None` is a new one. An error is the detail of the refusal.
     pub(crate) fn verify(&self, token: &str) -> Result<Option<Uuid>, String> {
-        self.verify_at(token, now())
-    }
-
-    fn verify_at(&self, token: &str, now: u64) -> Result<Option<Uuid>, String> {
         let parts: Vec<&str> = token.split('.').collect();
         let [header, claims, signature] = parts.as_slice() else {
             return Err(
@@ -91,7 +90,7 @@ impl Tokens {
             return Err("verify payload: verify payload: go-jose/go-jose: error in cryptographic primitive"
                 .to_owned());
         }
-        if expires + LEEWAY < now {
+        if expires.saturating_add(LEEWAY) < self.clock.date().as_secs() {
             return Err(
                 "verify payload: go-jose/go-jose/jwt: validation failed, token is expired (exp)".to_owned()
             );
@@ -109,10 +108,6 @@ fn decode(part: &str) -> Option<Value> {
     serde_json::from_slice(&URL_SAFE_NO_PAD.decode(part).ok()?).ok()
 }
 
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -122,7 +117,7 @@ mod tests {
     fn a_token_leads_back_to_its_peer_any_number_of_times_and_has_a_deployments_length() {
         let tokens = Tokens::default();
         let peer = crate::random_id();
-        let before = now() as i64;
+        let before = tokens.clock.date().as_secs() as i64;
         let issued = tokens.issue(peer, Duration::from_secs(86_400));
         assert_eq!(issued.token.len(), 206);
         assert_eq!(issued.refresh_in.unwrap().seconds, 43_200);
@@ -138,9 +133,10 @@ mod tests {
         let tokens = Tokens::default();
         let peer = crate::random_id();
         let issued = tokens.issue(peer, Duration::from_secs(600));
-        let end = u64::try_from(issued.expires_at.unwrap().seconds).unwrap();
-        assert_eq!(tokens.verify_at(&issued.token, end + LEEWAY), Ok(Some(peer)));
-        let over = tokens.verify_at(&issued.token, end + LEEWAY + 1).unwrap_err();
+        tokens.clock.advance(Duration::from_secs(600));
+        assert_eq!(tokens.verify(&issued.token), Ok(Some(peer)), "for a minute more");
+        tokens.clock.advance(Duration::from_secs(LEEWAY + 1));
+        let over = tokens.verify(&issued.token).unwrap_err();
         assert!(over.ends_with("token is expired (exp)"), "{over}");
         assert!(tokens.verify("garbage").unwrap_err().contains("must have three parts"));
         let foreign = Tokens::default().issue(peer, Duration::from_secs(600));

@@ -20,9 +20,10 @@ use super::{
     fault::{CallFault, Method},
     raw::{Layer, Raw, Then},
     record::{Connection, Ended},
+    relay_map,
     telemetry::Device,
     websocket,
-    workspaces::Workspaces,
+    workspaces::{Workspaces, pieces},
 };
 use crate::work::Work;
 
@@ -353,7 +354,7 @@ async fn relay_maps(
         let mut told = None;
         loop {
             let map = maps.borrow_and_update().clone();
-            if told.as_ref() != Some(&map) {
+            if told.as_ref().is_none_or(|told| relay_map::differs(told, &map)) {
                 writer.message(&map).await?;
                 told = Some(map);
             }
@@ -382,6 +383,7 @@ async fn workspace_updates(
     let is_own = owner == context.state.user;
     let mut all = context.state.workspaces.subscribe();
     let mut cut = context.state.cut_updates.subscribe();
+    let mut injected = context.state.injected.subscribe();
     let telling = async {
         let mut told: Option<Workspaces> = None;
         loop {
@@ -389,11 +391,19 @@ async fn workspace_updates(
             let now = Some(all.borrow_and_update().clone()).filter(|_| is_own).unwrap_or_default();
             let update = told.as_ref().map_or_else(|| now.snapshot(), |told| now.difference(told));
             if told.is_none() || update != tailnet::WorkspaceUpdate::default() {
-                writer.message(&update).await?;
+                for update in pieces(update) {
+                    writer.message(&update).await?;
+                }
             }
             told = Some(now);
-            if !changed(&mut all, &mut cut).await {
-                return writer.close().await;
+            loop {
+                tokio::select! {
+                    is_news = changed(&mut all, &mut cut) => match is_news {
+                        true => break,
+                        false => return writer.close().await,
+                    },
+                    Ok(update) = injected.recv() => writer.message(&update).await?,
+                }
             }
         }
     };

@@ -369,7 +369,7 @@ async fn maps(client: &mut Client) -> Call {
     client.ask(Method::StreamDerpMaps, &tailnet::StreamDerpMapsRequest {}).await
 }
 
-async fn workspaces(client: &mut Client, owner: Uuid) -> Call {
+pub(super) async fn workspaces(client: &mut Client, owner: Uuid) -> Call {
     let workspace_owner_id = owner.as_bytes().to_vec().into();
     client.ask(Method::WorkspaceUpdates, &tailnet::WorkspaceUpdatesRequest { workspace_owner_id }).await
 }

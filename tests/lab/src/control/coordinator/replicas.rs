@@ -42,6 +42,8 @@ pub(super) struct Replicas {
     rows: BTreeMap<(Uuid, usize), Row>,
     /// Counts streams and writes.
     count: u64,
+    /// Readiness that is withheld, if it is: agent and client.
+    held: Option<Vec<(Uuid, Uuid)>>,
 }
 
 #[derive(Default)]
@@ -76,7 +78,7 @@ struct Told {
 impl Replicas {
     pub(super) fn new(count: usize) -> Self {
         let replicas = (0..count).map(|_| Replica::default()).collect();
-        Self { replicas, streams: BTreeMap::new(), rows: BTreeMap::new(), count: 0 }
+        Self { replicas, streams: BTreeMap::new(), rows: BTreeMap::new(), count: 0, held: None }
     }
 
     /// Opens a stream at the replica that does best and has the fewest.
@@ -175,6 +177,53 @@ impl Replicas {
         self.settle();
     }
 
+    /// As [`super::Coordinator::inject`].
+    pub(super) fn inject(&self, response: &CoordinateResponse) {
+        for stream in self.streams.values().filter(|stream| stream.auth == Auth::Client) {
+            let _ = stream.output.try_send(response.clone());
+        }
+    }
+
+    /// As [`super::Coordinator::hold_ready`].
+    pub(super) fn hold_ready(&mut self, hold: bool) {
+        if hold {
+            self.held.get_or_insert_default();
+        } else {
+            let held = self.held.take().unwrap_or_default();
+            held.into_iter().for_each(|(agent, client)| self.pass_ready(agent, client));
+        }
+    }
+
+    /// As [`super::Coordinator::pretend_gone`], until anything changes at any replica: then streams are told
+    /// what is true.
+    pub(super) fn pretend_gone(&mut self, agent: Uuid, kind: Kind) {
+        for stream in self.streams.values_mut() {
+            let Some(told) = stream.told.get_mut(&agent).filter(|told| !told.is_lost) else { continue };
+            told.is_lost = true;
+            let node = Some(told.node.clone()).filter(|_| kind == Kind::Lost);
+            if kind == Kind::Disconnected {
+                stream.told.remove(&agent);
+            }
+            let reason = if kind == Kind::Lost { "lost" } else { "disconnected" };
+            let _ = stream.output.try_send(one(PeerUpdate { node, ..update(agent, kind, reason) }));
+        }
+    }
+
+    /// As [`super::Coordinator::repeat_node`].
+    pub(super) fn repeat_node(&self, agent: Uuid) {
+        for stream in self.streams.values() {
+            let Some(told) = stream.told.get(&agent).filter(|told| !told.is_lost) else { continue };
+            let _ = stream.output.try_send(one(node_update(agent, told.node.clone(), "update")));
+        }
+    }
+
+    /// What a connected peer has told of itself.
+    pub(super) fn node(&self, id: Uuid) -> Option<Node> {
+        let rows = self.rows.range((id, 0)..=(id, usize::MAX)).map(|(_, row)| row);
+        let newest = rows.filter(|row| !row.is_lost).max_by_key(|row| row.written)?;
+        Some(newest.node.clone())
+    }
+
     /// The clients that are connected.
     pub(super) fn clients(&self) -> Vec<Uuid> {
         let clients = self.streams.values().filter(|stream| stream.auth == Auth::Client);
@@ -208,7 +257,7 @@ impl Replicas {
     }
 
     /// Passes readiness on, up to the first peer that the stream has not heard of.
-    fn ready(&self, place: Place, ready: &[ReadyForHandshake]) -> Result<(), String> {
+    fn ready(&mut self, place: Place, ready: &[ReadyForHandshake]) -> Result<(), String> {
         for ready in ready {
             let other = uuid(&ready.id).map_err(|text| format!("handle ack: {text}"))?;
             let Some(own) = self.streams.get(&place.stream) else { break };
@@ -216,13 +265,18 @@ impl Replicas {
                 let _ = own.output.try_send(no_tunnel(other));
                 break;
             }
-            let peer_updates = vec![update(place.id, Kind::ReadyForHandshake, "")];
-            let response = CoordinateResponse { peer_updates, error: String::new() };
-            for stream in self.streams.values().filter(|stream| stream.id == other) {
-                let _ = stream.output.try_send(response.clone());
+            match &mut self.held {
+                Some(held) => held.push((place.id, other)),
+                None => self.pass_ready(place.id, other),
             }
         }
         Ok(())
+    }
+
+    fn pass_ready(&self, agent: Uuid, client: Uuid) {
+        for stream in self.streams.values().filter(|stream| stream.id == client) {
+            let _ = stream.output.try_send(one(update(agent, Kind::ReadyForHandshake, "")));
+        }
     }
 
     /// Takes a stream out after a goodbye: nothing of it is kept.
@@ -326,6 +380,10 @@ impl Replicas {
         self.count += 1;
         self.count
     }
+}
+
+fn one(update: PeerUpdate) -> CoordinateResponse {
+    CoordinateResponse { peer_updates: vec![update], error: String::new() }
 }
 
 /// What is to be told of a peer, if it is other than before.

@@ -310,7 +310,7 @@ fn with_prefixes(addresses: &[&str], allowed_ips: &[&str]) -> CoordinateRequest 
     update_self(Node { addresses, allowed_ips, ..Node::default() })
 }
 
-fn update_self(node: Node) -> CoordinateRequest {
+pub(super) fn update_self(node: Node) -> CoordinateRequest {
     let update_self = Some(ask::UpdateSelf { node: Some(node) });
     CoordinateRequest { update_self, ..CoordinateRequest::default() }
 }

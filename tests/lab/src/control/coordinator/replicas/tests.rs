@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::control::coordinator::tests::{
-    AGENT, CLIENT, OTHER, Responses, add, errors, goodbye, kinds, node, nodes, ready,
+    AGENT, CLIENT, OTHER, Responses, add, errors, goodbye, kinds, node, nodes, ready, update_self,
 };
 
 /// Conforms: control:K14
@@ -158,6 +158,31 @@ fn readiness_for_an_unknown_peer_is_an_error_and_the_rest_is_not_read() {
     assert_eq!(errors(&mut to_agent), [text]);
     assert!(!to_agent.is_closed());
     assert_eq!(kinds(&mut to_client), []);
+}
+
+#[test]
+fn faults_of_coordination_strike_at_every_replica() {
+    let (mut site, agent, _to_agent, _client, mut to_client) = pair();
+    let replicas = &mut site.replicas;
+    assert_eq!(replicas.node(AGENT).map(update_self), Some(node(AGENT, 1)));
+    replicas.inject(&error("on purpose".to_owned()));
+    assert_eq!(errors(&mut to_client), ["on purpose"]);
+    replicas.repeat_node(AGENT);
+    assert_eq!(told(&mut to_client), [(Kind::Node, "update".to_owned(), Some(1))]);
+    replicas.pretend_gone(AGENT, Kind::Lost);
+    assert_eq!(told(&mut to_client), [(Kind::Lost, "lost".to_owned(), Some(1))]);
+    site.say(agent, node(AGENT, 2));
+    assert_eq!(told(&mut to_client), [(Kind::Node, "found".to_owned(), Some(2))]);
+    site.replicas.pretend_gone(AGENT, Kind::Disconnected);
+    assert_eq!(told(&mut to_client), [(Kind::Disconnected, "disconnected".to_owned(), None)]);
+    site.say(agent, node(AGENT, 3));
+    assert_eq!(told(&mut to_client), [(Kind::Node, "new".to_owned(), Some(3))]);
+
+    site.replicas.hold_ready(true);
+    site.say(agent, ready(CLIENT));
+    assert_eq!(kinds(&mut to_client), []);
+    site.replicas.hold_ready(false);
+    assert_eq!(kinds(&mut to_client), [(AGENT, Kind::ReadyForHandshake)]);
 }
 
 #[test]
