@@ -23,7 +23,7 @@ use super::{
     relay_map,
     telemetry::Device,
     websocket,
-    workspaces::{Workspaces, pieces},
+    workspaces::Workspaces,
 };
 use crate::work::Work;
 
@@ -391,9 +391,7 @@ async fn workspace_updates(
             let now = Some(all.borrow_and_update().clone()).filter(|_| is_own).unwrap_or_default();
             let update = told.as_ref().map_or_else(|| now.snapshot(), |told| now.difference(told));
             if told.is_none() || update != tailnet::WorkspaceUpdate::default() {
-                for update in pieces(update) {
-                    writer.message(&update).await?;
-                }
+                writer.message(&update).await?;
             }
             told = Some(now);
             loop {

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use prost::Message;
 use uuid::Uuid;
 use warren_proto::tailnet;
 
@@ -65,30 +64,6 @@ impl Workspaces {
         }
         update
     }
-}
-
-/// Entries of one message where one for all would be too long.
-const PIECE: usize = 8192;
-/// Bytes of a message that is told in one piece, with room below what a client reads at most.
-const MAX_MESSAGE: usize = 3 << 20;
-
-/// An update in messages that a client can read. A deployment has but one, whatever its length; a lab's user
-/// may have more agents than any deployment's.
-pub(crate) fn pieces(update: tailnet::WorkspaceUpdate) -> Vec<tailnet::WorkspaceUpdate> {
-    if update.encoded_len() <= MAX_MESSAGE {
-        return vec![update];
-    }
-    // In the order in which a client works a message off, so that no agent comes before its workspace.
-    let empty = tailnet::WorkspaceUpdate::default;
-    let workspaces = |some: &[_]| tailnet::WorkspaceUpdate { upserted_workspaces: some.to_vec(), ..empty() };
-    let no_agents = |some: &[_]| tailnet::WorkspaceUpdate { deleted_agents: some.to_vec(), ..empty() };
-    let no_workspaces =
-        |some: &[_]| tailnet::WorkspaceUpdate { deleted_workspaces: some.to_vec(), ..empty() };
-    let agents = |some: &[_]| tailnet::WorkspaceUpdate { upserted_agents: some.to_vec(), ..empty() };
-    let upserts = update.upserted_workspaces.chunks(PIECE).map(workspaces);
-    let deletions = update.deleted_agents.chunks(PIECE).map(no_agents);
-    let deletions = deletions.chain(update.deleted_workspaces.chunks(PIECE).map(no_workspaces));
-    upserts.chain(deletions).chain(update.upserted_agents.chunks(PIECE).map(agents)).collect()
 }
 
 fn workspace_message(id: &Uuid, workspace: &Workspace) -> tailnet::Workspace {
