@@ -6,6 +6,7 @@
 //! peer is unprogrammed meanwhile.
 
 use std::{
+    fmt::Display,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -22,7 +23,7 @@ use warren_core::{
     relay_map::{ConnectionInfo, RelayMap},
     roster::{Update, UpdateError, Workspaces},
 };
-use warren_observability::names;
+use warren_observability::{names, redact::redact_cut};
 use warren_proto::tailnet::WorkspaceUpdate;
 
 use crate::{
@@ -198,8 +199,9 @@ impl Coordinator {
         if was_steady && !error.is_likely_to_repeat() {
             state.backoff.reset();
         }
-        let (link, begin) = self.judge(error, state.backoff.next(rand::random()));
-        tracing::info!(reason = error.reason(), %error, next = ?begin, "no control connection");
+        let text = state.shared.tellable(error);
+        let (link, begin) = self.judge(error, text.clone(), state.backoff.next(rand::random()));
+        tracing::info!(reason = error.reason(), error = text, next = ?begin, "no control connection");
         state.link.set(link);
         state.attempt = attempt(context, &state.shared, begin);
     }
@@ -207,8 +209,7 @@ impl Coordinator {
     /// How the link stands after an end, and when to dial again. While no connection was ever accepted, what
     /// fails a start is final: a person waits for the verdict. Later nothing is, but where only a person can
     /// help it is said, and tried rarely (tailnet-control 1.11).
-    fn judge(&self, error: &ControlError, pause: Duration) -> (LinkState, Begin) {
-        let text = error.to_string();
+    fn judge(&self, error: &ControlError, text: String, pause: Duration) -> (LinkState, Begin) {
         if error.fails_start() && !self.memory.lock().was_accepted {
             return (LinkState::Refused { error: text }, Begin::OnWake);
         }
@@ -233,6 +234,12 @@ fn attempt(context: &Context<Message>, shared: &Arc<Shared>, begin: Begin) -> Jo
 }
 
 impl Shared {
+    /// An error in words that may be shown: a deployment may echo what it was given.
+    fn tellable(&self, error: &dyn Display) -> String {
+        let resume = self.memory.lock().resume.as_ref().map(|resume| resume.token.clone());
+        redact_cut(&error.to_string(), self.net.boot.secrets().chain(&resume))
+    }
+
     fn claim(net: &Arc<Net>, memory: &Arc<ControlMemory>) -> Result<Self, AlreadyClaimed> {
         Ok(Self {
             peers: Peers::new(Arc::clone(net), Arc::clone(memory))?,

@@ -15,7 +15,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 use warren_core::{
     coordination::NetworkMap,
@@ -23,6 +23,7 @@ use warren_core::{
     relay_map::{RegionId, RelayMap},
     roster::{Snapshot, Workspaces},
 };
+use warren_observability::redact::LEAST_SECRET;
 use warren_proto::key::{DiscoPrivate, NodePrivate};
 
 use crate::{
@@ -48,6 +49,15 @@ pub struct Boot {
     pub telemetry: Option<String>,
     /// Who owns the network.
     pub network: NetworkOwner,
+}
+
+impl Boot {
+    /// What nobody may be shown: the token, and the values of headers.
+    pub(crate) fn secrets(&self) -> impl Iterator<Item = &SecretString> {
+        let values = self.headers.iter().map(|(_, value)| value);
+        let is_secret = |value: &&SecretString| value.expose_secret().len() >= LEAST_SECRET;
+        values.filter(is_secret).chain([&self.token])
+    }
 }
 
 /// Who owns TUN, addresses and routes.

@@ -102,7 +102,7 @@ impl<'a> Calls<'a> {
         while let Some(response) = answers.next().await.map_err(failed(Method::Coordinate))? {
             self.shared.note_update();
             if let Some(error) = self.shared.peers.handle_response(&response) {
-                let error = one_line(&error, MAX_SAID);
+                let error = self.shared.tellable(&one_line(&error, MAX_SAID));
                 tracing::warn!(error, "the deployment reports an error about peers");
                 said = Some(error);
             }
@@ -211,7 +211,8 @@ impl<'a> Calls<'a> {
                     return std::future::pending().await;
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "no resume token for this connection");
+                    let error = self.shared.tellable(&error);
+                    tracing::warn!(error, "no resume token for this connection");
                     return std::future::pending().await;
                 }
             }

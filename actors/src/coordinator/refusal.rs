@@ -231,7 +231,9 @@ fn parse(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Body {
     let kind = kind.unwrap_or_default();
     if !is_json(&kind) {
         let message = format!("unexpected non-JSON response {kind:?}");
-        return Body { message, detail: cut(body, MAX_FOREIGN), ..Body::default() };
+        let detail = cut(body, MAX_FOREIGN);
+        let detail = if essence(&kind).eq_ignore_ascii_case("text/html") { words(&detail) } else { detail };
+        return Body { message, detail, ..Body::default() };
     }
     if body.is_empty() {
         return Body { message: "empty response body".to_owned(), ..Body::default() };
@@ -247,8 +249,32 @@ fn parse(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Body {
 }
 
 fn is_json(content_type: &str) -> bool {
-    let essence = content_type.split(';').next().unwrap_or_default();
-    essence.trim().eq_ignore_ascii_case("application/json")
+    essence(content_type).eq_ignore_ascii_case("application/json")
+}
+
+fn essence(content_type: &str) -> &str {
+    content_type.split(';').next().unwrap_or_default().trim()
+}
+
+/// What a person would read of a page: the texts between its tags, repeated ones once.
+fn words(page: &str) -> String {
+    let mut texts: Vec<&str> = Vec::new();
+    let mut hidden_by: Option<&str> = None;
+    // Behind each `<` there is a tag, and the text that follows it.
+    for (tag, text) in page.split('<').map(|piece| piece.split_once('>').unwrap_or(("", piece))) {
+        hidden_by = match hidden_by {
+            Some(element) if !is_tag(tag.strip_prefix('/').unwrap_or_default(), element) => Some(element),
+            _ => ["script", "style"].into_iter().find(|element| is_tag(tag, element)),
+        };
+        if hidden_by.is_none() && !texts.contains(&text.trim()) {
+            texts.push(text.trim());
+        }
+    }
+    texts.join(" ")
+}
+
+fn is_tag(tag: &str, element: &str) -> bool {
+    tag.split_ascii_whitespace().next().is_some_and(|name| name.eq_ignore_ascii_case(element))
 }
 
 fn cut(body: &[u8], limit: usize) -> String {

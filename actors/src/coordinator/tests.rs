@@ -197,6 +197,21 @@ mod ending {
     }
 
     #[tokio::test]
+    async fn a_deployment_that_echoes_our_tokens_does_not_get_them_shown() {
+        let mut rig = Rig::started().await;
+        let mut connection = rig.deployment.connection().await;
+        give_token(&mut connection, "resume-token").await;
+        rig.remembers_a_token().await;
+        let mut coordinate = connection.call("Coordinate").await;
+        let error = "neither secret-token nor resume-token nor secret-".to_owned();
+        coordinate.send(&CoordinateResponse { error, ..CoordinateResponse::default() }).await;
+        coordinate.write(Kind::Close, &[]).await;
+        let waiting = rig.link(|link| matches!(link, LinkState::Waiting { .. })).await;
+        let LinkState::Waiting { error, .. } = waiting else { panic!("not waiting") };
+        assert!(error.ends_with("neither [redacted] nor [redacted] nor [redacted]"), "{error}");
+    }
+
+    #[tokio::test]
     async fn an_update_that_can_never_be_applied_is_not_asked_for_over_and_over() {
         const DIALS: usize = 5;
         let mut rig = Rig::started().await;

@@ -102,6 +102,17 @@ fn an_answer_that_is_not_json_is_told_by_its_type_and_cut() {
 }
 
 #[test]
+fn of_a_page_its_words_are_told() {
+    let page = "<html>\r\n<head><title>502 Bad Gateway</title><style>a > b { color: red }</style></head>\r\n\
+                <body>\r\n<center><h1>502 Bad Gateway</h1></center>\r\n<script src=\"x\">if (a < b) { c > d }</script>\
+                <hr><center>nginx/1.22.1</center>\r\n</body>\r\n</html>\r\n";
+    let told = |page: &str| answer(502, Some("text/html; charset=utf-8"), page.as_bytes()).detail;
+    assert_eq!(told(page), "502 Bad Gateway nginx/1.22.1");
+    assert_eq!(told("cut off in <a title"), "cut off in a title");
+    assert_eq!(told("a < b <script> c"), "a b");
+}
+
+#[test]
 fn json_without_words_is_told_as_such() {
     assert_eq!(json(403, "").message, "empty response body");
     for body in [r#"{"error":"x"}"#, "[]", "{", "\u{1}"] {
