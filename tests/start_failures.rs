@@ -5,13 +5,13 @@
 mod support;
 
 use std::{
-    io::Write,
+    io::{BufRead, BufReader, Write},
     net::TcpListener,
     process::{Command, Output, Stdio},
     time::{Duration, Instant},
 };
 
-use support::{Deployment, ServiceProcess, eventually, is_alive, stderr, within};
+use support::{Deployment, ServiceProcess, eventually, is_alive, signal, stderr, within};
 use warren_lab::{CallFault, Check, Endpoint, HttpFault, Method, Times};
 
 /// Longest that a person waits for the words.
@@ -173,6 +173,32 @@ fn an_agent_can_be_pinged_by_name_and_an_unknown_one_is_named() {
     let unknown = service.warren(&["ping", "nobody.nowhere"]);
     assert!(!unknown.status.success());
     assert!(stderr(&unknown).contains("nobody.nowhere"), "{}", stderr(&unknown));
+}
+
+#[test]
+fn pings_go_on_until_they_are_interrupted_and_are_summed_up_then() {
+    let (deployment, service) = arranged();
+    up_works(&deployment, &service);
+    let mut command = service.command(&["ping", "main.lab-1"]);
+    let mut ping = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(ping.stdout.take().unwrap()).lines().map(Result::unwrap);
+    for sequence in 1..=2 {
+        let line = lines.next().unwrap();
+        assert!(line.contains(&format!("seq={sequence} time=")) && line.contains("path=relay"), "{line}");
+    }
+    signal(ping.id(), "INT");
+    let summary = lines.find(|line| line.contains(" sent, ")).unwrap();
+    assert!(summary.contains(" 0 % lost, min/avg/max/dev = "), "{summary}");
+    assert!(ping.wait().unwrap().success());
+}
+
+#[test]
+fn a_wait_for_a_direct_path_that_does_not_come_fails_and_says_so() {
+    let (deployment, service) = arranged();
+    up_works(&deployment, &service);
+    let ping = service.warren(&["ping", "main.lab-1", "--until-direct", "--count", "1"]);
+    assert_eq!(ping.status.code(), Some(6));
+    assert!(stderr(&ping).contains("no direct path to main.lab-1"), "{}", stderr(&ping));
 }
 
 #[test]

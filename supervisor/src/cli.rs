@@ -11,6 +11,7 @@ mod legb;
 mod login;
 mod ping;
 mod service;
+mod signals;
 mod status;
 mod up;
 mod vpn_daemon;

@@ -25,10 +25,13 @@ use std::{
     time::Duration,
 };
 
-use tokio::{process::Command, signal::unix::SignalKind};
+use tokio::process::Command;
 use warren_lab::{Lab, LabOptions};
 
-use super::exit::{CliError, Exit, Outcome};
+use super::{
+    exit::{CliError, Exit, Outcome},
+    signals::Signals,
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -216,27 +219,6 @@ async fn serve(args: Args) -> Outcome {
     }
     lab.stop().await;
     Ok(Exit::Ok)
-}
-
-/// The signals that end a lab. Whoever listens from the first moment on leaves nothing behind.
-struct Signals([tokio::signal::unix::Signal; 3]);
-
-impl Signals {
-    fn listen() -> io::Result<Self> {
-        let signal = tokio::signal::unix::signal;
-        let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
-        let [interrupt, terminate, hangup] = kinds.map(signal);
-        Ok(Self([interrupt?, terminate?, hangup?]))
-    }
-
-    async fn received(&mut self) {
-        let [interrupt, terminate, hangup] = &mut self.0;
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hangup.recv() => {}
-        }
-    }
 }
 
 /// Waits for the end of `duration`, for ever if there is none.

@@ -70,15 +70,21 @@ fn exit_for(error: &str) -> Exit {
     }
 }
 
+/// A tunnel that has just started tells in its next message who there is. One that stays silent for so long
+/// knows nobody.
+const NOBODY_AFTER: Duration = Duration::from_secs(2);
+
 async fn wait_for_agents(service: &mut ServiceClient, deadline: Instant) -> Result<(), CliError> {
     let mut shown = usize::MAX;
     let mut view = View::new(service.status(deadline).await?);
+    let nobody_at = Instant::now() + NOBODY_AFTER;
     loop {
         let waiting = view.silent_agents();
-        if view.is_started() && waiting.is_empty() {
+        let is_known = !view.agents().is_empty() || nobody_at <= Instant::now();
+        if view.is_started() && waiting.is_empty() && is_known {
             return Ok(());
         }
-        if waiting.len() != shown {
+        if waiting.len() != shown && is_known {
             shown = waiting.len();
             eprintln!("  waiting for {shown} agent(s): {}", printable(&preview(&waiting)));
         }
@@ -86,8 +92,10 @@ async fn wait_for_agents(service: &mut ServiceClient, deadline: Instant) -> Resu
             let silent = preview(&view.silent_agents());
             CliError::new(Exit::Timeout, format!("connected, but these agents have not answered: {silent}"))
         };
-        view = match tokio::time::timeout_at(deadline, service.next_status()).await {
+        let until = if is_known { deadline } else { deadline.min(nobody_at) };
+        view = match tokio::time::timeout_at(until, service.next_status()).await {
             Ok(status) => View::new(status?),
+            Err(_) if Instant::now() < deadline => continue,
             Err(_) => return Err(late()),
         };
     }
