@@ -17,6 +17,7 @@ use std::{
 
 use secrecy::{ExposeSecret, SecretString};
 use url::Url;
+use uuid::Uuid;
 use warren_core::{
     coordination::NetworkMap,
     home::RegionLatency,
@@ -24,7 +25,10 @@ use warren_core::{
     roster::{Snapshot, Workspaces},
 };
 use warren_observability::redact::LEAST_SECRET;
-use warren_proto::key::{DiscoPrivate, NodePrivate};
+use warren_proto::{
+    address::coder_address,
+    key::{DiscoPrivate, NodePrivate, random},
+};
 
 use crate::{
     coordinator,
@@ -82,6 +86,19 @@ pub struct Identity {
     pub address: Ipv6Addr,
     /// A random label for node messages, 63 bits.
     pub node_id: i64,
+}
+
+impl Identity {
+    /// A stranger to everybody.
+    pub fn generate() -> Self {
+        Self {
+            node: NodePrivate::generate(),
+            disco: DiscoPrivate::generate(),
+            address: coder_address(&Uuid::from_bytes(random())),
+            // The sign bit stays clear.
+            node_id: i64::from_be_bytes(random()) & i64::MAX,
+        }
+    }
 }
 
 /// How the connection to the control plane stands.
@@ -145,6 +162,44 @@ pub enum RelayLink {
     },
 }
 
+/// Messages that wait at parts which hear mostly from their own tasks.
+const MAILBOX: usize = 64;
+/// Links change state in bursts, all regions at once.
+const RELAY_MAILBOX: usize = 256;
+/// Every agent may answer at the same moment, and each answer that does not fit is a ping that failed.
+const AGENTS_MAILBOX: usize = 8192;
+/// Bytes that the mailboxes of answers can hold at worst.
+const AGENTS_BYTES: usize =
+    AGENTS_MAILBOX * (size_of::<pinger::Message>() + size_of::<registry::Message>() + 256);
+const _: () = assert!(AGENTS_BYTES <= 8 << 20, "answers that wait must not exhaust a small machine");
+
+/// How the parts of one net are reached, before and while they run.
+#[derive(Clone)]
+pub struct Addresses {
+    /// The coordinator.
+    pub coordinator: Address<coordinator::Message>,
+    /// The registry.
+    pub registry: Address<registry::Message>,
+    /// Packet I/O.
+    pub packet_io: Address<packet_io::Message>,
+    /// The relay.
+    pub relay: Address<relay::Message>,
+    /// The pinger.
+    pub pinger: Address<pinger::Message>,
+}
+
+impl Default for Addresses {
+    fn default() -> Self {
+        Self {
+            coordinator: Address::new("coordinator", MAILBOX),
+            registry: Address::new("registry", AGENTS_MAILBOX),
+            packet_io: Address::new("packet_io", MAILBOX),
+            relay: Address::new("relay", RELAY_MAILBOX),
+            pinger: Address::new("pinger", AGENTS_MAILBOX),
+        }
+    }
+}
+
 /// Everything that lives as long as one Boot: cells, addresses and the data plane. Made by the
 /// composition, lent to the parts; outlives every one of them.
 pub struct Net {
@@ -188,4 +243,33 @@ pub struct Net {
     pub relay: Address<relay::Message>,
     /// The pinger.
     pub pinger: Address<pinger::Message>,
+}
+
+impl Net {
+    /// A net about which nothing is known yet, and none of whose parts has started.
+    pub fn new(boot: Arc<Boot>, identity: Identity, data_plane: DataPlane, addresses: Addresses) -> Self {
+        let Addresses { coordinator, registry, packet_io, relay, pinger } = addresses;
+        Self {
+            boot,
+            identity,
+            data_plane,
+            link: Cell::new(LinkState::Connecting),
+            network_map: Cell::default(),
+            relay_map: Cell::default(),
+            upgrades: Cell::default(),
+            workspaces: Cell::default(),
+            peers: Cell::default(),
+            interface: Cell::default(),
+            host: Cell::default(),
+            relays: Cell::default(),
+            forced_websocket: Cell::default(),
+            home: Cell::default(),
+            latencies: Cell::default(),
+            coordinator,
+            registry,
+            packet_io,
+            relay,
+            pinger,
+        }
+    }
 }

@@ -349,8 +349,6 @@ impl State {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::net::Ipv6Addr;
-
     use secrecy::SecretString;
     use uuid::Uuid;
     use warren_core::{
@@ -363,8 +361,8 @@ pub(crate) mod tests {
     use crate::{
         data_plane::{DataPlane, DataPlaneConfig, Events, Pong},
         dial::{DialOptions, Dialer},
-        facts::{Boot, Identity, LinkState, NetworkOwner},
-        runtime::{Address, Cell, Tasks},
+        facts::{Addresses, Boot, Identity, NetworkOwner},
+        runtime::Tasks,
     };
 
     #[tokio::test]
@@ -555,49 +553,28 @@ pub(crate) mod tests {
 
     /// What one Boot shares, with nobody at any address.
     pub(crate) fn net(network: NetworkOwner) -> Net {
-        let (node, disco) = (NodePrivate::generate(), DiscoPrivate::generate());
-        let address = Ipv6Addr::new(0xfd60, 0x627a, 0xa42b, 0, 0, 0, 0, 1);
-        let dialer = Arc::new(Dialer::new(DialOptions::default()).unwrap());
+        let identity = Identity::generate();
         let config = DataPlaneConfig {
-            node: node.clone(),
-            disco: disco.clone(),
-            address,
-            dialer,
+            node: identity.node.clone(),
+            disco: identity.disco.clone(),
+            address: identity.address,
+            dialer: Arc::new(Dialer::new(DialOptions::default()).unwrap()),
             events: Arc::new(Nobody),
         };
-        Net {
-            boot: Arc::new(Boot {
-                generation: 1,
-                url: "http://127.0.0.1:1".parse().unwrap(),
-                token: SecretString::from("secret-token"),
-                headers: vec![
-                    ("x-extra".to_owned(), SecretString::from("yes")),
-                    ("not a name".to_owned(), SecretString::from("no")),
-                    ("x-broken".to_owned(), SecretString::from("a\r\nb")),
-                ],
-                telemetry: None,
-                network,
-            }),
-            identity: Identity { node, disco, address, node_id: 1 },
-            data_plane: DataPlane::start(config).unwrap(),
-            link: Cell::new(LinkState::Connecting),
-            network_map: Cell::new(NetworkMap::default()),
-            relay_map: Cell::new(RelayMap::default()),
-            upgrades: Cell::new(Default::default()),
-            workspaces: Cell::new(Default::default()),
-            peers: Cell::new(Default::default()),
-            interface: Cell::new(None),
-            host: Cell::new(Default::default()),
-            relays: Cell::new(BTreeMap::new()),
-            forced_websocket: Cell::new(BTreeMap::new()),
-            home: Cell::new(None),
-            latencies: Cell::new(BTreeMap::new()),
-            coordinator: Address::new("coordinator", 8),
-            registry: Address::new("registry", 8),
-            packet_io: Address::new("packet_io", 8),
-            relay: Address::new("relay", 8),
-            pinger: Address::new("pinger", 8),
-        }
+        let boot = Boot {
+            generation: 1,
+            url: "http://127.0.0.1:1".parse().unwrap(),
+            token: SecretString::from("secret-token"),
+            headers: vec![
+                ("x-extra".to_owned(), SecretString::from("yes")),
+                ("not a name".to_owned(), SecretString::from("no")),
+                ("x-broken".to_owned(), SecretString::from("a\r\nb")),
+            ],
+            telemetry: None,
+            network,
+        };
+        let data_plane = DataPlane::start(config).unwrap();
+        Net::new(Arc::new(boot), identity, data_plane, Addresses::default())
     }
 
     fn region(id: u16, embedded: bool) -> Region {

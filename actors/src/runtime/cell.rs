@@ -24,6 +24,13 @@ struct Versioned<T> {
 #[error("another writer holds this cell")]
 pub struct AlreadyClaimed;
 
+impl<T: Default + Send + Sync + 'static> Default for Cell<T> {
+    /// A cell that holds what `T` is by default.
+    fn default() -> Self {
+        Self::new(T::default())
+    }
+}
+
 impl<T> Clone for Cell<T> {
     fn clone(&self) -> Self {
         Self { sender: Arc::clone(&self.sender), claimed: Arc::clone(&self.claimed) }

@@ -11,14 +11,13 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex, split};
 use tokio::sync::Notify;
 use uuid::Uuid;
 use warren_core::{
-    coordination::NetworkMap,
-    relay_map::{RegionId, RelayMap},
-    roster::{AgentEntry, Snapshot, WorkspaceEntry, Workspaces},
+    relay_map::RegionId,
+    roster::{AgentEntry, Snapshot, WorkspaceEntry},
 };
 use warren_proto::{
     frame::{self, Decoder, MAX_FRAME},
     header::Role,
-    key::{DiscoPrivate, NodePrivate, NodePublic},
+    key::NodePublic,
     vpn::{ManagerMessage, Rpc, TunnelMessage},
 };
 
@@ -26,7 +25,7 @@ use super::*;
 use crate::{
     data_plane::{DataPlane, DataPlaneConfig, Events, LinkChange, Pong},
     dial::{DialOptions, Dialer},
-    facts::{Identity, InterfaceConfig, LinkState},
+    facts::{Addresses, Identity, InterfaceConfig, LinkState},
     runtime::{Running, starter},
     speaker::{CallError, End, SendError, Speaker},
 };
@@ -1002,30 +1001,9 @@ async fn reconcile(root: Root, deps: SessionDeps) {
 }
 
 fn net(boot: Arc<Boot>) -> Net {
-    let (node, disco) = (NodePrivate::generate(), DiscoPrivate::generate());
-    let identity = Identity { node, disco, address: Ipv6Addr::LOCALHOST, node_id: 1 };
-    Net {
-        data_plane: data_plane(&identity),
-        boot,
-        identity,
-        link: Cell::new(LinkState::Connecting),
-        network_map: Cell::new(NetworkMap::default()),
-        relay_map: Cell::new(RelayMap::default()),
-        upgrades: Cell::new(Default::default()),
-        workspaces: Cell::new(Workspaces::default()),
-        peers: Cell::new(Snapshot::default()),
-        interface: Cell::new(None),
-        host: Cell::new(HostState::default()),
-        relays: Cell::new(BTreeMap::new()),
-        forced_websocket: Cell::new(BTreeMap::new()),
-        home: Cell::new(None),
-        latencies: Cell::new(BTreeMap::new()),
-        coordinator: Address::new("coordinator", 8),
-        registry: Address::new("registry", 8),
-        packet_io: Address::new("packet_io", 8),
-        relay: Address::new("relay", 8),
-        pinger: Address::new("pinger", 8),
-    }
+    let identity = Identity::generate();
+    let data_plane = data_plane(&identity);
+    Net::new(boot, identity, data_plane, Addresses::default())
 }
 
 fn data_plane(identity: &Identity) -> DataPlane {

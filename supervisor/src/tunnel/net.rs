@@ -4,31 +4,23 @@
 //! A net is built anew for each Boot, with fresh keys and a fresh address, and nothing of its predecessor is
 //! left by then. It outlives every part in it, the supervisor of the parts included.
 
-use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 use warren_actors::{
     coordinator::{ControlMemory, Coordinator},
     data_plane::{DataPlane, DataPlaneConfig, Events, LinkChange, Pong},
     dial::Dialer,
-    facts::{Boot, HostState, Identity, LinkState, Net, NetworkOwner},
+    facts::{Addresses, Boot, HostState, Identity, Net, NetworkOwner},
     packet_io::PacketIo,
     pinger::{self, Pinger},
     registry::{self, Registry},
     relay::{self, RelayPart},
     runtime::{Address, Cell, CellWriter, View},
 };
-use warren_core::{
-    coordination::NetworkMap,
-    relay_map::{RegionId, RelayMap},
-    roster::{Snapshot, Workspaces},
-};
-use warren_proto::{
-    address::coder_address,
-    key::{DiscoPrivate, NodePrivate, NodePublic, random},
-};
+use warren_core::relay_map::RegionId;
+use warren_proto::key::NodePublic;
 
 use super::host::Host;
 use crate::{
@@ -40,16 +32,8 @@ use crate::{
 /// Less than the session waits for the whole net before it answers a Stop.
 const PARTS_LIMIT: Duration = Duration::from_millis(2500);
 
-/// Messages that wait at parts which hear mostly from their own tasks.
-const MAILBOX: usize = 64;
-/// Links change state in bursts, all regions at once.
-const RELAY_MAILBOX: usize = 256;
-/// Every agent may answer at the same moment, and each answer that does not fit is a ping that failed.
-const AGENTS_MAILBOX: usize = 8192;
-/// Bytes that the mailboxes of answers can hold at worst.
-const AGENTS_BYTES: usize =
-    AGENTS_MAILBOX * (size_of::<pinger::Message>() + size_of::<registry::Message>() + 256);
-const _: () = assert!(AGENTS_BYTES <= 8 << 20, "answers that wait must not exhaust a small machine");
+/// What waits for the host part: changes of one cell.
+const HOST_MAILBOX: usize = 64;
 
 /// Keeps `net` equal to what `boots` says until `stop`, and ends it then.
 pub(super) async fn follow(
@@ -143,7 +127,7 @@ fn parts(net: &Arc<Net>) -> SupervisorSpec {
     let memory = Arc::new(ControlMemory::default());
     let host = (net.boot.network == NetworkOwner::Tunnel).then(|| {
         let net = Arc::clone(net);
-        ChildSpec::part(&Address::new("host", MAILBOX), move || Host::new(Arc::clone(&net)))
+        ChildSpec::part(&Address::new("host", HOST_MAILBOX), move || Host::new(Arc::clone(&net)))
     });
     let [packet_io, registry, relay, pinger, coordinator] = [(); 5].map(|()| Arc::clone(net));
     let children = [
@@ -161,72 +145,35 @@ fn parts(net: &Arc<Net>) -> SupervisorSpec {
 }
 
 pub(super) fn assemble(boot: Arc<Boot>, dialer: Arc<Dialer>) -> io::Result<Net> {
-    let identity = Identity {
-        node: NodePrivate::generate(),
-        disco: DiscoPrivate::generate(),
-        address: coder_address(&Uuid::from_bytes(random())),
-        // The sign bit stays clear.
-        node_id: i64::from_be_bytes(random()) & i64::MAX,
-    };
-    let ears = Ears {
-        registry: Address::new("registry", AGENTS_MAILBOX),
-        relay: Address::new("relay", RELAY_MAILBOX),
-        pinger: Address::new("pinger", AGENTS_MAILBOX),
-    };
+    let (identity, addresses) = (Identity::generate(), Addresses::default());
     let data_plane = DataPlane::start(DataPlaneConfig {
         node: identity.node.clone(),
         disco: identity.disco.clone(),
         address: identity.address,
         dialer,
-        events: Arc::new(ears.clone()),
+        events: Arc::new(Ears(addresses.clone())),
     })?;
-    Ok(Net {
-        boot,
-        identity,
-        data_plane,
-        link: Cell::new(LinkState::Connecting),
-        network_map: Cell::new(NetworkMap::default()),
-        relay_map: Cell::new(RelayMap::default()),
-        upgrades: Cell::new(Default::default()),
-        workspaces: Cell::new(Workspaces::default()),
-        peers: Cell::new(Snapshot::default()),
-        interface: Cell::new(None),
-        host: Cell::new(HostState::default()),
-        relays: Cell::new(BTreeMap::new()),
-        forced_websocket: Cell::new(BTreeMap::new()),
-        home: Cell::new(None),
-        latencies: Cell::new(BTreeMap::new()),
-        coordinator: Address::new("coordinator", MAILBOX),
-        registry: ears.registry,
-        packet_io: Address::new("packet_io", MAILBOX),
-        relay: ears.relay,
-        pinger: ears.pinger,
-    })
+    Ok(Net::new(boot, identity, data_plane, addresses))
 }
 
 /// Hands over what happens on the data plane's thread, which must not wait. What finds no room is made up
 /// for: every one of these parts also looks by itself every 5 s.
-#[derive(Clone)]
-struct Ears {
-    registry: Address<registry::Message>,
-    relay: Address<relay::Message>,
-    pinger: Address<pinger::Message>,
-}
+struct Ears(Addresses);
 
 impl Events for Ears {
     fn pong(&self, pong: Pong) {
-        let _ = self.pinger.try_send(pinger::Message::Pong(pong));
+        let _ = self.0.pinger.try_send(pinger::Message::Pong(pong));
     }
 
     fn link_changed(&self, region: RegionId, change: LinkChange) {
-        let _ = self.relay.try_send(relay::Message::LinkChanged { region, change });
+        let _ = self.0.relay.try_send(relay::Message::LinkChanged { region, change });
         if change == LinkChange::Up {
-            let _ = self.pinger.try_send(pinger::Message::PathUp);
+            let _ = self.0.pinger.try_send(pinger::Message::PathUp);
         }
     }
 
     fn handshake(&self, peer: NodePublic) {
-        let _ = self.registry.try_send(registry::Message::Handshake(peer));
+        let _ = self.0.registry.try_send(registry::Message::Handshake(peer));
     }
 }
 
