@@ -172,6 +172,7 @@ where
     let shared = Arc::new(Shared {
         socket: Mutex::new(socket),
         heard: Notify::new(),
+        said: Notify::new(),
         ping_wanted: AtomicBool::new(false),
         reader: AtomicWaker::new(),
     });
@@ -193,6 +194,8 @@ struct Shared<S> {
     socket: Mutex<Socket<S>>,
     /// Told of every message of the server.
     heard: Notify,
+    /// Told of every message to the server.
+    said: Notify,
     ping_wanted: AtomicBool,
     reader: AtomicWaker,
 }
@@ -220,6 +223,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Handle<S> {
         self.shared.ping_wanted.store(true, Ordering::Release);
         self.shared.reader.wake();
         timeout(limit, heard).await.is_ok()
+    }
+
+    /// Waits until something was said and nothing heard of the server for `limit` after it.
+    pub(crate) async fn goes_unanswered(&self, limit: Duration) {
+        loop {
+            self.shared.said.notified().await;
+            if timeout(limit, self.shared.heard.notified()).await.is_err() {
+                return;
+            }
+        }
     }
 
     /// Closes the WebSocket in order. Only when nobody polls the stream any more.
@@ -344,6 +357,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for ByteStream<S> {
         ready!(web_socket.as_mut().poll_ready(cx)).map_err(io_error)?;
         let part = bytes.get(..largest).unwrap_or(bytes);
         web_socket.start_send(Message::Binary(Bytes::copy_from_slice(part))).map_err(io_error)?;
+        self.shared.said.notify_one();
         Poll::Ready(Ok(part.len()))
     }
 

@@ -36,8 +36,11 @@ use crate::{
 
 /// What the deployment does, told in the way it asks for; the lowest version with all our calls.
 const VERSION: &str = "version=2.3";
-/// For a sign of life after the machine woke up or the network changed.
-const WAKE_LIMIT: Duration = Duration::from_secs(3);
+/// For a sign of life that was asked for.
+const LIFE_LIMIT: Duration = Duration::from_secs(3);
+/// What was said for so long without hearing anything makes us ask: a connection that dies silently while it
+/// is in use is noticed within this and [`LIFE_LIMIT`].
+const UNANSWERED: Duration = Duration::from_secs(5);
 /// For the deployment to hear that we leave, and to end the call (tailnet-control 4.8).
 const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
 /// For the last bytes of an end in order.
@@ -181,9 +184,12 @@ impl Attempt {
 
     async fn watch_for_death<S: AsyncRead + AsyncWrite + Unpin>(&self, handle: &Handle<S>) -> ControlError {
         loop {
-            self.shared.wake.notified().await;
-            if !handle.is_alive(WAKE_LIMIT).await {
-                return ControlError::DeadOnWake;
+            let dead = tokio::select! {
+                () = self.shared.wake.notified() => ControlError::DeadOnWake,
+                () = handle.goes_unanswered(UNANSWERED) => ControlError::Unanswered,
+            };
+            if !handle.is_alive(LIFE_LIMIT).await {
+                return dead;
             }
         }
     }

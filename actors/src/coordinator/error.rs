@@ -60,6 +60,9 @@ pub enum ControlError {
     /// After a change of the network or a sleep the connection was found dead.
     #[error("the control connection was dead after a change of the network")]
     DeadOnWake,
+    /// What was said to the deployment was not answered, nor was a question whether it is there.
+    #[error("the deployment does not answer any more")]
+    Unanswered,
     /// The deployment does not read what is sent.
     #[error("the deployment takes nothing any more")]
     Stalled,
@@ -117,7 +120,7 @@ impl ControlError {
 
     /// Whether nothing can be said over the connection any more.
     pub(super) fn is_broken(&self) -> bool {
-        matches!(self, Self::Broken(_) | Self::HungUp | Self::DeadOnWake)
+        matches!(self, Self::Broken(_) | Self::HungUp | Self::DeadOnWake | Self::Unanswered)
     }
 
     /// The reason as metrics know it, from a closed set.
@@ -134,7 +137,7 @@ impl ControlError {
             Self::Unreadable(_) | Self::Open(OpenError::Handshake(_)) => "protocol",
             Self::Call { source: CallError::Connection(_), .. } => "broken",
             Self::Call { .. } | Self::Ended { .. } => "stream_ended",
-            Self::Silent { .. } => "silent",
+            Self::Silent { .. } | Self::Unanswered => "silent",
             Self::Update(_) => "bad_update",
             Self::Broken(_) | Self::HungUp | Self::Stalled => "broken",
             Self::DeadOnWake => "wake",

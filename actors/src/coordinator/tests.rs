@@ -341,6 +341,21 @@ mod waking {
         assert_eq!(begun.elapsed().as_secs(), 3);
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_dies_while_it_is_in_use_is_noticed_in_under_ten_seconds() {
+        let mut wire = Wire::new().await;
+        let _streams = answer(&mut wire.connection, &[]).await;
+        let home = wire.shared.net.home.claim().unwrap();
+        home.set(Some(RegionId(1)));
+        sleep(Duration::from_secs(12)).await;
+        assert!(!wire.keeping.is_finished(), "one that answers is kept, though it has nothing to say");
+        wire.connection.freeze();
+        let begun = Instant::now();
+        home.set(Some(RegionId(2)));
+        assert!(matches!(wire.ended().await, ControlError::Unanswered));
+        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    }
+
     #[tokio::test]
     async fn a_wake_ends_a_long_pause_and_is_passed_on_to_the_relay() {
         let mut rig = Rig::started().await;
