@@ -6,6 +6,7 @@ pub mod budget;
 pub mod coordination;
 pub mod home;
 pub mod own_node;
+pub mod path;
 pub mod ping;
 pub mod relay_map;
 pub mod roster;

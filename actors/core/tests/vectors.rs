@@ -23,6 +23,7 @@ use warren_core::{
     coordination::Coordination,
     home::{Homes, RegionLatency, Report},
     own_node::{OwnIdentity, OwnNode},
+    path::{Measured, better},
     relay_map::{NodeAddress, RegionId, RelayMap},
     roster::{Roster, Sent, Update, Workspaces},
 };
@@ -37,6 +38,23 @@ use warren_proto::{
 };
 
 const MS: Duration = Duration::from_millis(1);
+
+/// Conforms: data:20.1.4
+#[test]
+fn the_better_of_two_paths_is_the_one_that_was_recorded() {
+    let file = load("data/better-address");
+    let rows = file["vectors"].as_array().unwrap();
+    assert_eq!(rows.len(), 27);
+    for row in rows {
+        let measured = |address: &str, latency: &str| {
+            let address = row["inputs"][address].as_str().unwrap().parse().ok()?;
+            let latency = Duration::from_nanos(row["inputs"][latency].as_u64().unwrap());
+            Some(Measured { address, latency })
+        };
+        let (a, b) = (measured("a", "a_latency_ns"), measured("b", "b_latency_ns"));
+        assert_eq!(better(a, b), row["decoded"]["better"], "{}", row["name"]);
+    }
+}
 
 #[test]
 fn the_life_of_a_workspace_leads_to_the_right_tunnels_names_and_messages() {

@@ -1,0 +1,176 @@
+//! What time brings. Every step does what is due and sets its own timer later, so that the whole may be called at
+//! any time, and is, after every input.
+
+use std::time::{Duration, Instant};
+
+use warren_proto::disco::TxId;
+
+use super::{Effect, Number, Path, Standing, suspicion::Verdict, withdrawal::Say};
+
+/// Between two pings to the path that is taken, while the peer is talked to.
+const HEARTBEAT: Duration = Duration::from_secs(3);
+/// How long after the last packet the peer is still talked to.
+const ACTIVE: Duration = Duration::from_secs(45);
+
+/// The peer is talked to.
+#[derive(Debug)]
+pub(super) struct Session {
+    last_sent: Instant,
+    heartbeat: Instant,
+}
+
+impl Session {
+    /// Something is sent: a session begins or goes on.
+    pub(super) fn note_sent(session: &mut Option<Self>, now: Instant) {
+        match session {
+            Some(session) => session.last_sent = now,
+            None => *session = Some(Self { last_sent: now, heartbeat: now + HEARTBEAT }),
+        }
+    }
+
+    /// Whether a heartbeat is due.
+    fn take_beat(&mut self, now: Instant) -> bool {
+        let is_due = self.heartbeat <= now;
+        if is_due {
+            self.heartbeat = now + HEARTBEAT;
+        }
+        is_due
+    }
+}
+
+impl Path {
+    /// When [`Self::handle_timeout`] is due next.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let suspicion = self.standing.taken().and_then(|taken| taken.suspicion.poll_timeout());
+        let heartbeat = self.session.as_ref().map(|session| session.heartbeat);
+        let bar = if let Standing::Barred { until, .. } = self.standing { Some(until) } else { None };
+        let always = [suspicion, heartbeat, bar, self.withdrawal.poll_timeout(), self.calling.poll_timeout()];
+        let probing = [self.round_due(), self.lost_due(), self.candidates.poll_timeout()];
+        let probing = probing.into_iter().filter(|_| self.may_probe());
+        always.into_iter().chain(probing).flatten().min()
+    }
+
+    /// Lets time pass.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.judge(now);
+        self.withdraw(now);
+        self.unbar(now);
+        self.beat(now);
+        self.seek(now);
+        self.ping_hurried(now);
+        let telling = self.calling.handle_timeout(now);
+        self.tell(telling);
+    }
+
+    /// Is the path taken dead?
+    fn judge(&mut self, now: Instant) {
+        let patience = self.patience(now);
+        let Some(taken) = self.standing.taken_mut() else { return };
+        let address = taken.address();
+        match taken.suspicion.handle_timeout(now, patience) {
+            None => {}
+            Some(Verdict::First) => self.ping(now, &address, Number::Any(None)),
+            Some(Verdict::Again) => {
+                // If this one is dead, another that answers is better than the relay.
+                self.candidates.hurry_all();
+                self.ping(now, &address, Number::Any(None));
+            }
+            Some(Verdict::Dead) => self.withdrawal.start(now),
+        }
+    }
+
+    /// Is the peer to be told something, so that it leaves a path?
+    fn withdraw(&mut self, now: Instant) {
+        if self.standing.is_trusted(now) {
+            self.withdrawal.handle_heard();
+        }
+        match self.withdrawal.handle_timeout(now) {
+            None => {}
+            Some(Say::Prove) => {
+                self.push(Effect::ProveRelay);
+                if let Some(condemned) = self.standing.address().filter(|_| self.standing.is_condemned()) {
+                    self.candidates.hurry_all();
+                    self.ping(now, &condemned, Number::Any(None));
+                }
+            }
+            // Neither way works. The relay is the one that comes back by itself.
+            Some(Say::GiveUp) if self.standing.is_condemned() => {
+                self.leave_dead(now);
+            }
+            Some(Say::GiveUp) => {}
+            Some(Say::All) => self.call_with_all(now),
+            Some(Say::None) => self.push(Effect::CallMeMaybe(Vec::new())),
+        }
+    }
+
+    /// Is the peer still talked to, does its path still work, is there a better one?
+    fn beat(&mut self, now: Instant) {
+        let Some(session) = &mut self.session else { return };
+        if !session.take_beat(now) {
+            return;
+        }
+        if now.saturating_duration_since(session.last_sent) > ACTIVE {
+            self.session = None;
+            return;
+        }
+        let Some(taken) = self.standing.taken() else { return };
+        let (address, latency) = (taken.address(), taken.latency());
+        if !taken.suspicion.is_calm() {
+            return;
+        }
+        self.ping(now, &address, Number::Any(None));
+        if self.rounds.should_upgrade(now, latency) {
+            self.begin_round(now, None);
+        }
+    }
+
+    /// Is a path to be sought?
+    fn seek(&mut self, now: Instant) {
+        if self.lost_due().is_some_and(|due| due <= now)
+            && let Standing::Lost(lost) = &mut self.standing
+        {
+            lost.handle_ping(now);
+            let address = lost.address;
+            self.ping(now, &address, Number::Any(None));
+        }
+        if self.round_due().is_some_and(|due| due <= now) {
+            self.begin_round(now, None);
+        }
+    }
+
+    /// Pings whoever was not pinged just now, and then has the peer do so: our pings open our NAT for its.
+    pub(super) fn begin_round(&mut self, now: Instant, user: Option<TxId>) {
+        if !self.may_probe() {
+            return;
+        }
+        let keep = self.answering(now);
+        self.candidates.forget_expired(now, keep);
+        self.follow_candidates(now);
+        self.rounds.begin(now);
+        for address in self.candidates.spaced(now) {
+            self.ping(now, &address, Number::Any(user));
+        }
+        self.wish_to_call(now);
+    }
+
+    fn ping_hurried(&mut self, now: Instant) {
+        if self.may_probe() {
+            for address in self.candidates.hurried(now) {
+                self.ping(now, &address, Number::Any(None));
+            }
+        }
+    }
+
+    /// When a round is due: while the peer is talked to and no path is trusted.
+    fn round_due(&self) -> Option<Instant> {
+        let due = self.rounds.due().filter(|_| self.session.is_some())?;
+        Some(self.standing.taken().map_or(due, |taken| due.max(taken.best().trusted_until)))
+    }
+
+    fn lost_due(&self) -> Option<Instant> {
+        match &self.standing {
+            Standing::Lost(lost) if self.session.is_some() => Some(lost.next()),
+            Standing::Lost(_) | Standing::Seeking | Standing::Direct(_) | Standing::Barred { .. } => None,
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Whether the path that is taken is dead (tailnet-data 7.12, step 1).
+//!
+//! ```text
+//!            silence                       unanswered pings
+//!   Calm ──────────────────> Suspect ─────────────────────────> Condemned
+//!    ^   or an accusation    data goes     one a pause         the relay has to prove itself
+//!    │                       both ways                         before the path is left
+//!    └──────────── an answer; received data proves one direction only
+//! ```
+
+use std::time::{Duration, Instant};
+
+/// How long silence is borne, and how many pings, how far apart, decide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Patience {
+    silence: Duration,
+    pings: u8,
+    pause: Duration,
+}
+
+impl Patience {
+    /// A dead path is left after half a second.
+    pub(super) const USUAL: Self =
+        Self { silence: Duration::from_millis(200), pings: 3, pause: Duration::from_millis(100) };
+    /// After a false alarm: after nine tenths of a second.
+    pub(super) const CAREFUL: Self =
+        Self { silence: Duration::from_millis(300), pings: 4, pause: Duration::from_millis(150) };
+    /// However slow the path, so long is no answer waited for.
+    const MOST: Duration = Duration::from_secs(1);
+
+    /// An answer takes a round trip, and a half more for good measure.
+    pub(super) fn on(self, latency: Duration) -> Self {
+        let least = latency.saturating_mul(3).min(Self::MOST * 2) / 2;
+        Self { silence: self.silence.max(least), pings: self.pings, pause: self.pause.max(least) }
+    }
+}
+
+/// What is thought of the path that is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Suspicion {
+    /// Nothing is wrong.
+    Calm(Silence),
+    /// The path has to answer.
+    Suspect {
+        /// When it came under suspicion.
+        since: Instant,
+        /// Pings so far.
+        pings: u8,
+        /// When the next is due, or the verdict.
+        next: Instant,
+    },
+    /// It did not answer.
+    Condemned {
+        /// When it came under suspicion.
+        since: Instant,
+    },
+}
+
+/// When silence becomes suspicious.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Silence {
+    /// Never: neither was anything sent since the peer was heard, nor was it sending.
+    Natural,
+    /// Then, because something was sent.
+    AfterOurs(Instant),
+    /// Then, because the peer was sending.
+    AfterTheirs(Instant),
+}
+
+/// What is to be done about the path.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// Ping it.
+    First,
+    /// Ping it again: it did not answer, so that others may have to take over.
+    Again,
+    /// It is dead.
+    Dead,
+}
+
+impl Default for Suspicion {
+    fn default() -> Self {
+        Self::Calm(Silence::Natural)
+    }
+}
+
+impl Suspicion {
+    pub(super) fn is_calm(&self) -> bool {
+        matches!(self, Self::Calm(_))
+    }
+
+    pub(super) fn is_condemned(&self) -> bool {
+        matches!(self, Self::Condemned { .. })
+    }
+
+    /// When the path came under suspicion, if it is.
+    pub(super) fn since(&self) -> Option<Instant> {
+        match self {
+            Self::Calm(_) => None,
+            Self::Suspect { since, .. } | Self::Condemned { since } => Some(*since),
+        }
+    }
+
+    /// Something was sent over the path: the first since the peer was heard waits for an answer.
+    pub(super) fn handle_sent(&mut self, now: Instant, patience: Patience) {
+        if let Self::Calm(silence @ Silence::Natural) = self {
+            *silence = Silence::AfterOurs(now + patience.silence);
+        }
+    }
+
+    /// Data came from the peer over UDP: it is sending.
+    pub(super) fn handle_data(&mut self, now: Instant, patience: Patience) {
+        if let Self::Calm(silence) = self {
+            *silence = Silence::AfterTheirs(now + patience.silence);
+        }
+    }
+
+    /// A ping came from the peer over UDP, which answers nothing of ours.
+    pub(super) fn handle_ping(&mut self, now: Instant, patience: Patience) {
+        if let Self::Calm(Silence::AfterOurs(at) | Silence::AfterTheirs(at)) = self {
+            *at = now + patience.silence;
+        }
+    }
+
+    /// The path answered.
+    pub(super) fn handle_answer(&mut self, now: Instant, patience: Patience) {
+        match self {
+            Self::Calm(Silence::AfterTheirs(at)) => *at = now + patience.silence,
+            Self::Calm(_) | Self::Suspect { .. } | Self::Condemned { .. } => *self = Self::default(),
+        }
+    }
+
+    /// There is a reason to doubt the path besides silence.
+    pub(super) fn accuse(&mut self, now: Instant) {
+        if self.is_calm() {
+            *self = Self::Suspect { since: now, pings: 0, next: now };
+        }
+    }
+
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        match self {
+            Self::Calm(Silence::AfterOurs(at) | Silence::AfterTheirs(at)) => Some(*at),
+            Self::Suspect { next, .. } => Some(*next),
+            Self::Calm(Silence::Natural) | Self::Condemned { .. } => None,
+        }
+    }
+
+    /// Lets time pass.
+    pub(super) fn handle_timeout(&mut self, now: Instant, patience: Patience) -> Option<Verdict> {
+        if self.poll_timeout().is_none_or(|due| now < due) {
+            return None;
+        }
+        self.accuse(now);
+        let Self::Suspect { since, pings, next } = self else { return None };
+        if *pings >= patience.pings {
+            *self = Self::Condemned { since: *since };
+            return Some(Verdict::Dead);
+        }
+        *pings += 1;
+        *next = now + patience.pause;
+        Some(if *pings == 1 { Verdict::First } else { Verdict::Again })
+    }
+}

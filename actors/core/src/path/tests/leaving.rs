@@ -1,0 +1,309 @@
+//! Leaving a dead path (tailnet-data 7.12).
+
+use super::*;
+
+/// Cuts UDP under traffic; the relay answers at once. Returns what was done, from the cut on, in milliseconds.
+fn cut(bench: &mut Bench, time: Duration) -> Vec<(Duration, Effect)> {
+    let (end, mut done) = (bench.now + time, Vec::new());
+    while bench.now < end {
+        bench.path.route(bench.now);
+        bench.pass(MS);
+        for (at, effect) in bench.take() {
+            if effect == Effect::ProveRelay {
+                bench.path.handle_relay(bench.now, RelayStands::Alive);
+            }
+            done.push((at, effect));
+        }
+    }
+    done
+}
+
+/// When the direct path was left.
+fn left_at(done: &[(Duration, Effect)]) -> Option<Duration> {
+    done.iter().find(|(_, it)| matches!(it, Effect::Changed { to: None, .. })).map(|(at, _)| *at)
+}
+
+#[test]
+fn a_dead_path_is_left_after_half_a_second_and_the_peer_is_made_to_leave_it() {
+    let mut bench = Bench::direct();
+    let start = bench.now - bench.start;
+    let done = cut(&mut bench, S);
+    let pings: Vec<u128> = pings_at(&done).iter().map(|at| at - start.as_millis()).collect();
+    assert_eq!(pings[..3], [190, 290, 390], "10 ms after the last answer, 200 ms of silence, three pings");
+    let left = left_at(&done).unwrap() - start;
+    assert!((490..=492).contains(&left.as_millis()), "{left:?}");
+    let told = calls(&done);
+    assert_eq!(
+        told.iter().map(|(_, list)| list.clone()).collect::<Vec<_>>()[..3],
+        [vec![own(1)], vec![], vec![own(1)]]
+    );
+    assert_eq!((told[1].0 - told[0].0, told[2].0 - told[1].0), (20, 20));
+    assert_eq!(bench.route(), (None, true));
+}
+
+#[test]
+fn while_a_path_is_doubted_data_goes_both_ways() {
+    let mut bench = Bench::direct();
+    bench.shout(160 * MS);
+    assert_eq!(bench.route(), (Some(peer(1)), false));
+    bench.shout(60 * MS);
+    assert_eq!(bench.route(), (Some(peer(1)), true));
+}
+
+#[test]
+fn an_answer_ends_the_doubt_and_received_data_does_not() {
+    let mut bench = Bench::direct();
+    bench.shout(250 * MS);
+    bench.path.handle_received(bench.now, Via::Direct(peer(1)));
+    assert_eq!(bench.route(), (Some(peer(1)), true), "one direction may be dead");
+    bench.answer(peer(1));
+    assert_eq!(bench.route(), (Some(peer(1)), false));
+    assert_eq!(calls(&bench.take()), []);
+}
+
+#[test]
+fn silence_is_doubted_only_after_we_sent_or_while_the_peer_was_sending() {
+    let mut bench = Bench::direct();
+    bench.pass(200 * MS);
+    assert_eq!(pinged(&bench.taken()), [peer(1)], "the peer was sending");
+    bench.pass(20 * MS);
+    bench.path.handle_pong(bench.now, Via::Direct(peer(1)), number(bench.txid), own(1));
+    bench.pass(400 * MS);
+    assert_eq!(pinged(&bench.taken()), [], "a pause costs one ping");
+    bench.path.route(bench.now);
+    bench.pass(199 * MS);
+    assert_eq!(pinged(&bench.taken()), []);
+    bench.pass(MS);
+    assert_eq!(pinged(&bench.taken()), [peer(1)], "we sent");
+}
+
+#[test]
+fn a_slow_path_gets_one_and_a_half_round_trips_to_answer() {
+    let mut bench = Bench::ready(&[peer(1)]);
+    bench.path.route(bench.now);
+    bench.answer_after(peer(1), 400 * MS);
+    bench.take();
+    let start = bench.now - bench.start;
+    let done = cut(&mut bench, 4 * S);
+    let pings: Vec<u128> = pings_at(&done).iter().map(|at| at - start.as_millis()).take(3).collect();
+    assert_eq!(pings, [600, 1200, 1800]);
+    assert_eq!((left_at(&done).unwrap() - start).as_millis(), 2400);
+}
+
+#[test]
+fn a_dead_idle_path_is_found_out_by_its_heartbeat() {
+    let mut bench = Bench::direct();
+    bench.path.handle_pong(bench.now, Via::Direct(peer(1)), number(0), own(1));
+    bench.pass(300 * MS);
+    bench.answer_all();
+    bench.take();
+    bench.pass(4 * S);
+    let effects = bench.taken();
+    assert!(effects.contains(&Effect::ProveRelay), "{effects:?}");
+}
+
+#[test]
+fn a_path_is_not_left_for_a_relay_that_is_not_alive_and_is_asked_for_again() {
+    let mut bench = Bench::direct();
+    bench.shout(3 * S);
+    bench.path.handle_relay(bench.now, RelayStands::Down);
+    assert_eq!(bench.route(), (Some(peer(1)), true));
+    let effects = bench.take();
+    let proofs = effects.iter().filter(|(_, it)| *it == Effect::ProveRelay).count();
+    assert_eq!(proofs, 3, "once a second");
+    assert_eq!(calls(&effects), []);
+    bench.path.handle_relay(bench.now, RelayStands::Alive);
+    assert_eq!(bench.route(), (None, true));
+}
+
+#[test]
+fn where_neither_way_works_the_relay_is_waited_for_in_the_end() {
+    let mut bench = Bench::direct();
+    bench.shout(7 * S);
+    assert_eq!(bench.route(), (None, true));
+    assert!(calls(&bench.take()).iter().all(|(_, list)| !list.is_empty()), "the peer is not made to leave");
+}
+
+#[test]
+fn a_condemned_path_that_answers_before_the_relay_does_is_kept() {
+    let mut bench = Bench::direct();
+    bench.shout(600 * MS);
+    bench.answer(peer(1));
+    bench.path.handle_relay(bench.now, RelayStands::Alive);
+    assert_eq!(bench.route(), (Some(peer(1)), false));
+    assert_eq!(calls(&bench.take()), []);
+}
+
+#[test]
+fn the_messages_are_repeated_three_times_while_nothing_comes_over_the_relay() {
+    for is_heard in [false, true] {
+        let mut bench = Bench::direct();
+        let mut done = cut(&mut bench, 600 * MS);
+        if is_heard {
+            bench.path.handle_received(bench.now, RELAY);
+        }
+        done.extend(cut(&mut bench, 3 * S));
+        let empty = calls(&done).iter().filter(|(_, list)| list.is_empty()).count();
+        assert_eq!(empty, if is_heard { 1 } else { 4 }, "heard: {is_heard}");
+    }
+}
+
+#[test]
+fn a_lost_path_is_pinged_once_a_second_and_after_half_a_minute_once_in_five() {
+    let mut bench = Bench::direct();
+    cut(&mut bench, S);
+    bench.path.handle_received(bench.now, RELAY);
+    let done = cut(&mut bench, 60 * S);
+    let pings = pings_at(&done);
+    let early = pings.iter().filter(|at| **at < 32_000).count();
+    assert!((29..=38).contains(&early), "{pings:?}");
+    let late = pings.iter().filter(|at| **at >= 33_000).count();
+    assert!((5..=7).contains(&late), "{pings:?}");
+}
+
+#[test]
+fn a_lost_path_is_taken_at_its_first_answer_and_the_peer_is_told_all() {
+    let mut bench = Bench::direct();
+    cut(&mut bench, S);
+    bench.path.handle_received(bench.now, RELAY);
+    let done = cut(&mut bench, 5 * S);
+    assert!(!pings_at(&done).is_empty());
+    assert!(bench.hear(peer(1)), "a ping from the peer");
+    assert_eq!(pinged(&bench.taken()), [peer(1)], "is returned at once");
+    bench.path.handle_pong(bench.now, Via::Direct(peer(1)), number(bench.txid_of_ping()), own(1));
+    assert_eq!(bench.route(), (Some(peer(1)), false));
+    let told = calls(&bench.take());
+    assert_eq!(told.len(), 1);
+    assert_eq!(told[0].1, [own(1)]);
+}
+
+#[test]
+fn another_path_that_answers_is_taken_instead_of_the_relay_and_the_peer_still_told() {
+    let mut bench = Bench::ready(&[peer(1), peer(2)]);
+    bench.path.route(bench.now);
+    bench.answer(peer(1));
+    bench.talk(S);
+    bench.take();
+    let (end, mut done) = (bench.now + S, Vec::new());
+    while bench.now < end {
+        bench.path.route(bench.now);
+        bench.pass(MS);
+        for (at, effect) in bench.take() {
+            match effect {
+                Effect::Ping { to, txid } if to == peer(2) => {
+                    bench.path.handle_pong(bench.now, Via::Direct(to), txid, own(1));
+                }
+                Effect::ProveRelay => bench.path.handle_relay(bench.now, RelayStands::Alive),
+                _ => {}
+            }
+            done.push((at, effect));
+        }
+    }
+    assert_eq!(bench.route(), (Some(peer(2)), false));
+    assert_eq!(left_at(&done), None, "it never was the relay alone");
+    assert!(calls(&done).iter().any(|(_, list)| list.is_empty()));
+}
+
+#[test]
+fn a_false_alarm_heals_at_the_answer_and_makes_us_careful() {
+    let mut bench = Bench::direct();
+    let done = cut(&mut bench, 600 * MS);
+    assert!(left_at(&done).is_some());
+    assert!(bench.hear(peer(1)), "the third message had the peer ping");
+    bench.pass(100 * MS);
+    bench.answer_all();
+    assert_eq!(bench.best(), Some(peer(1)), "direct again");
+    bench.talk(70 * S);
+    bench.take();
+    let start = bench.now - bench.start;
+    let done = cut(&mut bench, 2 * S);
+    let pings: Vec<u128> = pings_at(&done).iter().map(|at| at - start.as_millis()).take(4).collect();
+    assert_eq!(pings, [290, 440, 590, 740]);
+    assert!((left_at(&done).unwrap() - start).as_millis() <= 892);
+}
+
+#[test]
+fn two_alarms_in_a_minute_bar_direct_paths_for_ten_seconds_then_twenty_up_to_sixty() {
+    let mut bench = Bench::direct();
+    for expected in [0, 10, 20, 40, 60, 60] {
+        let done = cut(&mut bench, 2 * S);
+        let left = left_at(&done).unwrap();
+        bench.path.handle_received(bench.now, RELAY);
+        if expected > 0 {
+            let told: Vec<usize> = calls(&done).iter().map(|(_, list)| list.len()).collect();
+            assert_eq!(told.last(), Some(&0), "the third message stays out");
+            assert!(!bench.hear(peer(1)), "an answer would have the peer come back");
+        }
+        let mut pinged_at = None;
+        while pinged_at.is_none() {
+            assert!(bench.now - bench.start < left + 70 * S, "{expected}: never again");
+            bench.path.route(bench.now);
+            bench.pass(10 * MS);
+            pinged_at = pings_at(&bench.effects).first().map(|at| *at - left.as_millis());
+            bench.effects.retain(|(_, it)| matches!(it, Effect::Ping { .. }));
+        }
+        let after = pinged_at.unwrap();
+        assert!(
+            after.abs_diff(expected * 1000) <= if expected == 0 { 3000 } else { 20 },
+            "{expected}: {after}"
+        );
+        bench.answer_all();
+        bench.talk(S);
+        bench.take();
+    }
+}
+
+#[test]
+fn alarms_that_are_minutes_apart_bar_nothing() {
+    let mut bench = Bench::direct();
+    for _ in 0..5 {
+        cut(&mut bench, 2 * S);
+        bench.talk(100 * S);
+        bench.take();
+        assert_eq!(bench.best(), Some(peer(1)));
+        assert!(!bench.path.standing.is_barred());
+    }
+}
+
+#[test]
+fn a_path_that_cannot_be_reached_is_left_at_once() {
+    let mut bench = Bench::direct();
+    bench.path.handle_unreachable(bench.now, peer(1));
+    assert_eq!(bench.route(), (None, true));
+    let effects = bench.taken();
+    assert_eq!(effects[0], Effect::Changed { from: Some(peer(1)), to: None });
+    assert!(effects.contains(&Effect::ProveRelay), "the peer shall leave it too");
+    bench.path.handle_unreachable(bench.now, peer(1));
+    bench.path.handle_unreachable(bench.now, peer(2));
+    assert_eq!(bench.taken(), []);
+}
+
+/// The reference tells the peer nothing where its own heartbeat was the last ping.
+#[test]
+fn the_peer_is_told_of_the_loss_of_the_only_path_however_it_was_lost() {
+    for way in ["silence", "unreachable", "expiry"] {
+        let mut bench = Bench::direct();
+        let mut done = Vec::new();
+        match way {
+            "silence" => {}
+            "unreachable" => bench.path.handle_unreachable(bench.now, peer(1)),
+            _ => {
+                bench.pass(250 * MS);
+                bench.answer_all();
+                bench.pass(60 * S);
+                done = bench.take();
+                done.clear();
+            }
+        }
+        done.extend(cut(&mut bench, 3 * S));
+        assert!(calls(&done).iter().any(|(_, list)| *list == [own(1)]), "{way}");
+    }
+}
+
+impl Bench {
+    /// The number of the latest ping that went out.
+    fn txid_of_ping(&self) -> u64 {
+        // Pings from the peer count the same numbers; ours was drawn after it.
+        self.txid
+    }
+}

@@ -1,0 +1,80 @@
+//! Changes of our own link, and of what is allowed.
+
+use super::*;
+
+#[test]
+fn after_a_link_change_the_path_is_kept_and_has_to_answer_again() {
+    let mut bench = Bench::direct();
+    bench.path.handle_link_change(bench.now);
+    assert_eq!(bench.route(), (Some(peer(1)), true));
+    let effects = bench.taken();
+    assert_eq!(pinged(&effects), [peer(1)], "at once");
+    assert!(effects.contains(&Effect::RefreshEndpoints));
+    bench.path.handle_pong(bench.now, Via::Direct(peer(1)), number(bench.txid), own(1));
+    assert_eq!(bench.route(), (Some(peer(1)), false));
+}
+
+#[test]
+fn when_our_address_changed_the_peer_is_made_to_leave_the_old_one() {
+    for (new, expected) in [(own(2), true), (own(1), false)] {
+        let mut bench = Bench::direct();
+        bench.path.handle_link_change(bench.now);
+        bench.path.handle_own_endpoints(bench.now, &[new]);
+        let mut done = bench.take();
+        assert_eq!(done.iter().any(|(_, it)| *it == Effect::ProveRelay), expected);
+        bench.path.handle_relay(bench.now, RelayStands::Alive);
+        if expected {
+            bench.pass(100 * MS)
+        } else {
+            bench.talk(2 * S)
+        }
+        done.extend(bench.take());
+        let lists: Vec<_> = calls(&done).into_iter().map(|(_, list)| list).collect();
+        if expected {
+            assert!(lists.ends_with(&[vec![own(2), own(1)], vec![], vec![own(2), own(1)]]), "{lists:?}");
+        } else {
+            assert_eq!(lists.len(), 1, "nothing changed for the peer");
+        }
+        assert_eq!(bench.best(), Some(peer(1)), "our own direction stays");
+    }
+}
+
+#[test]
+fn a_link_change_ends_a_bar_and_what_alarms_taught() {
+    let mut bench = Bench::direct();
+    bench.path.standing = Standing::Barred { address: peer(1), until: bench.now + 60 * S };
+    bench.path.route(bench.now);
+    bench.path.handle_link_change(bench.now);
+    assert_eq!(pinged(&bench.taken()), [peer(1)]);
+}
+
+#[test]
+fn where_direct_paths_are_blocked_all_is_relayed_and_nothing_is_answered_over_udp() {
+    let mut bench = Bench::direct();
+    bench.path.set_policy(bench.now, Direct::Blocked);
+    let effects = bench.taken();
+    assert!(effects.contains(&Effect::Changed { from: Some(peer(1)), to: None }));
+    assert!(effects.contains(&Effect::CallMeMaybe(vec![])), "the peer is told at once");
+    assert!(effects.contains(&Effect::Forgotten(peer(1))));
+    assert_eq!(bench.route(), (None, true));
+    assert!(!bench.hear(peer(1)));
+    assert!(bench.path.handle_ping(bench.now, RELAY, number(1)), "over the relay it is answered");
+    bench.path.handle_node(bench.now, &[peer(2)]);
+    bench.path.handle_call_me_maybe(bench.now, &[peer(3)]);
+    bench.path.handle_ready(bench.now);
+    bench.path.user_ping(bench.now, number(7));
+    bench.shout(100 * S);
+    assert_eq!(bench.taken(), [Effect::RelayPing { txid: number(7) }]);
+}
+
+#[test]
+fn when_direct_paths_are_allowed_again_the_latest_node_message_counts() {
+    let mut bench = Bench::direct();
+    bench.path.set_policy(bench.now, Direct::Blocked);
+    bench.path.handle_node(bench.now, &[peer(2)]);
+    bench.take();
+    bench.path.set_policy(bench.now, Direct::Allowed);
+    bench.answer(peer(2));
+    assert_eq!(bench.best(), Some(peer(2)));
+    assert_eq!(pinged(&bench.taken()), [peer(2)], "and no other");
+}

@@ -1,0 +1,173 @@
+//! Making the peer leave a path (tailnet-data 7.12, step 2): three messages through the relay, which must have
+//! proved alive, because the peer will have nothing else.
+//!
+//! ```text
+//!   Idle ──> Proving ──alive──> Calling: all, 20 ms, none, 20 ms, all ──> Listening ──heard──> Idle
+//!             │  ^ once a second             ^                              │
+//!             └──┘ five times, then Idle     └──── silence, three times ────┘
+//! ```
+
+use std::time::{Duration, Instant};
+
+/// Between two messages: peers handle each in a task of its own, and must not swap them.
+const PAUSE: Duration = Duration::from_millis(20);
+/// How long the peer may take to be heard over the relay.
+const PATIENCE: Duration = Duration::from_millis(250);
+const MAX_REPEATS: u8 = 3;
+/// Between two questions whether the relay is alive.
+const PROOF_PAUSE: Duration = Duration::from_secs(1);
+const MAX_PROOFS: u8 = 5;
+
+/// What the peer is told after it was made to forget our addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// The addresses again, so that a false alarm heals at once.
+    Return,
+    /// Nothing: it shall stay on the relay.
+    Stay,
+}
+
+/// How far the peer is from having left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Withdrawal {
+    /// Nothing is to be left.
+    #[default]
+    Idle,
+    /// Whether the relay is alive is not known yet.
+    Proving {
+        /// How often it was asked.
+        asked: u8,
+        /// When to ask again.
+        next: Instant,
+    },
+    /// The messages are going out.
+    Calling(Call),
+    /// They are out.
+    Listening {
+        /// The series they were.
+        call: Call,
+        /// Until when the peer should have been heard.
+        until: Instant,
+    },
+}
+
+/// One series of messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Call {
+    ending: Ending,
+    repeats: u8,
+    said: Said,
+    next: Instant,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Said {
+    Nothing,
+    All,
+    None,
+}
+
+/// What is to be sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Say {
+    /// To the relay: are you alive?
+    Prove,
+    /// To nobody: the relay did not prove alive.
+    GiveUp,
+    /// To the peer: all addresses that it may know of us.
+    All,
+    /// To the peer: no address at all.
+    None,
+}
+
+impl Withdrawal {
+    /// Has the relay prove itself, unless that or the rest is under way.
+    pub(super) fn start(&mut self, now: Instant) {
+        match self {
+            Self::Idle | Self::Listening { .. } => *self = Self::Proving { asked: 0, next: now },
+            Self::Proving { .. } | Self::Calling(_) => {}
+        }
+    }
+
+    pub(super) fn is_proving(&self) -> bool {
+        matches!(self, Self::Proving { .. })
+    }
+
+    /// The relay is alive.
+    pub(super) fn handle_proof(&mut self, now: Instant, ending: Ending) {
+        if self.is_proving() {
+            *self = Self::Calling(Call { ending, repeats: 0, said: Said::Nothing, next: now });
+        }
+    }
+
+    /// The path answers: what has not begun need not.
+    pub(super) fn handle_answer(&mut self) {
+        if self.is_proving() {
+            *self = Self::Idle;
+        }
+    }
+
+    /// The peer was heard over the relay, or need not be.
+    pub(super) fn handle_heard(&mut self) {
+        if let Self::Listening { .. } = self {
+            *self = Self::Idle;
+        }
+    }
+
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        match self {
+            Self::Idle => None,
+            Self::Proving { next, .. } => Some(*next),
+            Self::Calling(call) => Some(call.next),
+            Self::Listening { until, .. } => Some(*until),
+        }
+    }
+
+    /// Lets time pass.
+    pub(super) fn handle_timeout(&mut self, now: Instant) -> Option<Say> {
+        if self.poll_timeout().is_none_or(|due| now < due) {
+            return None;
+        }
+        match self {
+            Self::Idle => None,
+            Self::Proving { asked, .. } if *asked >= MAX_PROOFS => {
+                *self = Self::Idle;
+                Some(Say::GiveUp)
+            }
+            Self::Proving { asked, next } => {
+                *asked += 1;
+                *next = now + PROOF_PAUSE;
+                Some(Say::Prove)
+            }
+            Self::Calling(call) => {
+                let (say, after) = call.speak(now);
+                *self = after;
+                Some(say)
+            }
+            Self::Listening { call, .. } if call.repeats >= MAX_REPEATS => {
+                *self = Self::Idle;
+                None
+            }
+            Self::Listening { call, .. } => {
+                let (repeats, said) = (call.repeats + 1, Said::Nothing);
+                let (say, after) = Call { repeats, said, ..*call }.speak(now);
+                *self = after;
+                Some(say)
+            }
+        }
+    }
+}
+
+impl Call {
+    /// The next message, and what follows it.
+    fn speak(self, now: Instant) -> (Say, Withdrawal) {
+        let again = |said| Withdrawal::Calling(Self { said, next: now + PAUSE, ..self });
+        let listen = Withdrawal::Listening { call: self, until: now + PATIENCE };
+        match (self.said, self.ending) {
+            (Said::Nothing, _) => (Say::All, again(Said::All)),
+            (Said::All, Ending::Return) => (Say::None, again(Said::None)),
+            (Said::All, Ending::Stay) => (Say::None, listen),
+            (Said::None, _) => (Say::All, listen),
+        }
+    }
+}
