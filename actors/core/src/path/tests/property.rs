@@ -62,6 +62,8 @@ struct World {
     /// Since when an address answers, or does not.
     alive: BTreeMap<SocketAddr, (bool, Instant)>,
     in_flight: Vec<(Instant, SocketAddr, TxId)>,
+    /// What it says when it is asked.
+    relay: RelayStands,
     is_ready: bool,
     pings: usize,
 }
@@ -71,7 +73,7 @@ impl World {
         let bench = Bench::new();
         let long_ago = bench.now;
         let alive = (0..6).map(|n| (peer(n), (n % 2 == 0, long_ago))).collect();
-        Self { bench, alive, in_flight: Vec::new(), is_ready: false, pings: 0 }
+        Self { bench, alive, in_flight: Vec::new(), relay: RelayStands::Alive, is_ready: false, pings: 0 }
     }
 
     fn act(&mut self, input: &Input) {
@@ -99,7 +101,10 @@ impl World {
             Input::Unreachable(n) if self.alive[&peer(*n)].0 => {}
             Input::Unreachable(n) => path.handle_unreachable(now, peer(*n)),
             Input::LinkChange => path.handle_link_change(now),
-            Input::Relay(relay) => path.handle_relay(now, *relay),
+            Input::Relay(relay) => {
+                self.relay = *relay;
+                path.handle_relay(now, *relay);
+            }
             Input::UserPing => {
                 self.bench.txid += 1;
                 path.user_ping(now, number(self.bench.txid));
@@ -139,7 +144,12 @@ impl World {
     /// Looks at what is to be done. `is_time`: nothing came about but time and answers.
     fn check(&mut self, is_time: bool) {
         let now = self.bench.now;
-        for effect in self.bench.taken() {
+        let mut effects = self.bench.taken();
+        if effects.contains(&Effect::ProveRelay) {
+            self.bench.path.handle_relay(now, self.relay);
+            effects.extend(self.bench.taken());
+        }
+        for effect in effects {
             match effect {
                 Effect::Ping { to, txid } => {
                     assert!(self.is_ready, "a ping before the peer knows us");
