@@ -49,7 +49,6 @@ impl Path {
     /// There is a direct path. Its other end is told, so that it need not wait for its next round to find it too.
     fn find(&mut self, now: Instant, measured: Measured) {
         let before = self.stand(Standing::Direct(Taken::new(now, measured)));
-        self.rounds.relax();
         if let Standing::Lost(_) = before {
             self.alarms.handle_answer(now);
             self.withdrawal.handle_answer();
@@ -126,7 +125,6 @@ impl Path {
         self.withdrawal = Withdrawal::Idle;
         self.calling.cancel();
         self.candidates.clear();
-        self.outstanding.forget_direct();
         self.rounds.hasten(now);
         for address in self.verified.take() {
             self.push(Effect::Forgotten(address));

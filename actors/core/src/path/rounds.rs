@@ -51,12 +51,6 @@ impl Rounds {
         self.due = Some(now + SPACING);
     }
 
-    /// A path was found: should it be lost, the next round is due in a moment, not in a minute.
-    pub(super) fn relax(&mut self) {
-        self.pauses.reset();
-        self.due = self.last.map(|at| at + SPACING);
-    }
-
     /// Whether a better path should be looked for than one that works.
     pub(super) fn should_upgrade(&self, now: Instant, latency: Duration) -> bool {
         latency > GOOD_ENOUGH && self.last.is_none_or(|at| now.saturating_duration_since(at) >= UPGRADE)

@@ -78,6 +78,21 @@ fn silence_is_doubted_only_after_we_sent_or_while_the_peer_was_sending() {
 }
 
 #[test]
+fn a_peer_that_was_sending_is_missed_even_if_it_answered_after_its_last_packet() {
+    let mut bench = Bench::direct();
+    bench.path.user_ping(bench.now, number(7));
+    bench.path.handle_received(bench.now, Via::Direct(peer(1)));
+    bench.drain();
+    bench.pass(150 * MS);
+    assert!(bench.path.handle_pong(bench.now, Via::Direct(peer(1)), number(7), own(1)).is_some());
+    bench.take();
+    bench.pass(199 * MS);
+    assert_eq!(pinged(&bench.taken()), []);
+    bench.pass(30 * MS);
+    assert_eq!(pinged(&bench.taken()), [peer(1)]);
+}
+
+#[test]
 fn a_slow_path_gets_one_and_a_half_round_trips_to_answer() {
     let mut bench = Bench::ready(&[peer(1)]);
     bench.path.route(bench.now);
@@ -122,6 +137,38 @@ fn where_neither_way_works_the_relay_is_waited_for_in_the_end() {
     bench.shout(7 * S);
     assert_eq!(bench.route(), (None, true));
     assert!(calls(&bench.take()).iter().all(|(_, list)| !list.is_empty()), "the peer is not made to leave");
+}
+
+#[test]
+fn a_slower_path_that_answers_is_better_than_a_condemned_one() {
+    let mut bench = Bench::ready(&[peer(1), peer(2)]);
+    bench.path.route(bench.now);
+    bench.answer(peer(1));
+    bench.shout(3 * S);
+    assert_eq!(bench.route(), (Some(peer(1)), true));
+    bench.answer_after(peer(2), 900 * MS);
+    assert_eq!(bench.route(), (Some(peer(2)), false));
+}
+
+#[test]
+fn what_answered_seconds_ago_is_no_better_than_the_relay() {
+    let mut bench = Bench::ready(&[peer(1), peer(2)]);
+    bench.path.route(bench.now);
+    bench.answer(peer(1));
+    bench.shout(320 * MS);
+    bench.answer_after(peer(2), 50 * MS);
+    assert_eq!(bench.best(), Some(peer(1)), "it is slower");
+    bench.shout(3 * S);
+    bench.path.handle_relay(bench.now, RelayStands::Alive);
+    assert_eq!(bench.route(), (None, true));
+}
+
+#[test]
+fn a_ping_that_could_not_be_sent_is_not_answered() {
+    let mut bench = Bench::ready(&[peer(1)]);
+    bench.drain();
+    bench.path.handle_unreachable(bench.now, peer(1));
+    assert_eq!(bench.path.handle_pong(bench.now, Via::Direct(peer(1)), number(1), own(1)), None);
 }
 
 #[test]

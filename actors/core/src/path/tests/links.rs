@@ -40,6 +40,27 @@ fn when_our_address_changed_the_peer_is_made_to_leave_the_old_one() {
 }
 
 #[test]
+fn a_peer_that_goes_on_directly_after_a_link_change_is_told_once() {
+    let mut bench = Bench::direct();
+    bench.path.handle_link_change(bench.now);
+    bench.path.handle_own_endpoints(bench.now, &[own(2)]);
+    bench.path.handle_relay(bench.now, RelayStands::Alive);
+    bench.talk(3 * S);
+    let empty = calls(&bench.take()).iter().filter(|(_, list)| list.is_empty()).count();
+    assert_eq!(empty, 1, "it need not be heard over the relay");
+}
+
+#[test]
+fn an_answer_to_what_went_over_the_old_link_says_nothing_of_the_new_one() {
+    let mut bench = Bench::direct();
+    bench.path.user_ping(bench.now, number(7));
+    bench.drain();
+    bench.path.handle_link_change(bench.now);
+    assert_eq!(bench.path.handle_pong(bench.now, Via::Direct(peer(1)), number(7), own(1)), None);
+    assert_eq!(bench.route(), (Some(peer(1)), true));
+}
+
+#[test]
 fn a_link_change_ends_a_bar_and_what_alarms_taught() {
     let mut bench = Bench::direct();
     bench.path.standing = Standing::Barred { address: peer(1), until: bench.now + 60 * S };

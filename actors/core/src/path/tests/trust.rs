@@ -106,7 +106,8 @@ fn a_path_that_answers_stays_although_no_source_names_it_any_more() {
     let mut bench = Bench::direct();
     bench.path.handle_node(bench.now, &[]);
     bench.talk(60 * S);
-    assert_eq!(bench.route(), (Some(peer(1)), false));
+    bench.path.handle_node(bench.now, &[]);
+    assert_eq!(bench.route(), (Some(peer(1)), false), "not even its own ping keeps it any more");
 }
 
 #[test]
