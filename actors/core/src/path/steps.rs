@@ -68,14 +68,14 @@ impl Path {
         let Some(taken) = self.standing.taken_mut() else { return };
         let address = taken.address();
         match taken.suspicion.handle_timeout(now, patience) {
-            None => {}
+            // A dead path is left as soon as the relay is alive.
+            None | Some(Verdict::Dead) => {}
             Some(Verdict::First) => self.ping(now, &address, Number::Any(None)),
             Some(Verdict::Again) => {
                 // If this one is dead, another that answers is better than the relay.
                 self.candidates.hurry_all();
                 self.ping(now, &address, Number::Any(None));
             }
-            Some(Verdict::Dead) => self.withdrawal.start(now),
         }
     }
 
@@ -83,6 +83,8 @@ impl Path {
     fn withdraw(&mut self, now: Instant) {
         if self.standing.is_trusted(now) {
             self.withdrawal.handle_heard();
+        } else if self.standing.is_condemned() {
+            self.withdrawal.start(now);
         }
         match self.withdrawal.handle_timeout(now) {
             None => {}

@@ -164,6 +164,20 @@ fn what_answered_seconds_ago_is_no_better_than_the_relay() {
 }
 
 #[test]
+fn a_path_that_dies_while_the_peer_is_made_to_leave_another_is_left_as_well() {
+    let mut bench = Bench::direct();
+    bench.shout(470 * MS);
+    bench.path.withdrawal.start(bench.now);
+    bench.path.handle_timeout(bench.now);
+    bench.path.handle_relay(bench.now, RelayStands::Alive);
+    bench.shout(100 * MS);
+    assert!(bench.path.standing.is_condemned(), "in the middle of it");
+    bench.take();
+    let done = cut(&mut bench, S);
+    assert!(left_at(&done).is_some());
+}
+
+#[test]
 fn a_ping_that_could_not_be_sent_is_not_answered() {
     let mut bench = Bench::ready(&[peer(1)]);
     bench.drain();
