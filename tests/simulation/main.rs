@@ -1,0 +1,263 @@
+//! Whole peers that meet on a virtual clock across a virtual network: translators of every kind, loss, delay,
+//! reordering, duplicates, small packets, partitions. What happens is generated; a failing case is replayed
+//! and made smaller by proptest, and its seed is printed.
+//!
+//! `WARREN_SEEDS` says how many cases are run; without it 2,000.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+
+mod nat;
+mod network;
+mod peer;
+mod world;
+
+use std::{ops::RangeInclusive, time::Duration};
+
+use nat::Kind;
+use network::Families;
+use peer::PeerId;
+use proptest::{prelude::*, test_runner::Config};
+use warren_core::path::Direct;
+use world::World;
+
+/// How long everything works at the end: longer than any back-off.
+const PEACE: Duration = Duration::from_secs(100);
+/// Of that, how long packets are looked at.
+const LOOKED_AT: Duration = Duration::from_secs(5);
+/// When a change is noticed at the latest, where packets come as rarely as here.
+const NOTICED_AFTER: Duration = Duration::from_secs(4);
+/// A packet is under way for less.
+const UNDER_WAY: Duration = Duration::from_millis(1500);
+/// Between two packets.
+const PACE: Duration = Duration::from_millis(50);
+/// Messages besides data that one peer may send another in a second. A suspicion takes ten pings; an answer to
+/// each of the other's, the lists that make it leave, and pings to all candidates after each of those come to it.
+const MOST_PER_SECOND: u64 = 100;
+/// Characters that a path takes to be written down, as a measure of what it holds.
+const MOST_HELD: usize = 64 * 1024;
+
+const PAIRS: [(PeerId, PeerId); 2] = [(PeerId(0), PeerId(1)), (PeerId(1), PeerId(0))];
+
+/// Something that happens.
+#[derive(Debug, Clone)]
+enum Change {
+    Cut { site: usize, out: bool, r#in: bool },
+    Loss { site: usize, per_thousand: u32 },
+    Duplicates { site: usize, per_thousand: u32 },
+    Delay { site: usize, delay: u64, jitter: u64 },
+    Mtu { site: usize, mtu: usize },
+    RestartNat { site: usize },
+    Rebind { peer: usize, port: u16 },
+    Relay { peer: usize, is_up: bool },
+    Policy { peer: usize, is_blocked: bool },
+    Traffic { peer: usize, pause: Option<u64> },
+    Heal,
+}
+
+/// A world, and what happens in it.
+#[derive(Debug, Clone)]
+struct Story {
+    seed: u64,
+    nats: [Option<Kind>; 2],
+    families: [Families; 2],
+    are_neighbours: bool,
+    /// Each after so many milliseconds.
+    changes: Vec<(u64, Change)>,
+}
+
+impl Story {
+    fn begin(&self) -> World {
+        let [one, other] = self.families;
+        let place = if self.are_neighbours { 0 } else { 1 };
+        World::new(self.seed, &self.nats, &[(0, one), (place, other)])
+    }
+
+    /// Whether both can find each other without the relay.
+    fn can_be_direct(&self) -> bool {
+        let both = |family| self.families.iter().all(|it| *it == family || *it == Families::Both);
+        let is_hard = |nat: &Option<Kind>| matches!(nat, Some(Kind::PortRestricted | Kind::Symmetric));
+        let are_too_hard = self.nats.contains(&Some(Kind::Symmetric)) && self.nats.iter().all(is_hard);
+        both(Families::V6) || (both(Families::V4) && (self.are_neighbours || !are_too_hard))
+    }
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    let (site, peer) = (0..2_usize, 0..2_usize);
+    prop_oneof![
+        3 => (site.clone(), any::<bool>(), any::<bool>()).prop_map(|(site, out, r#in)| Change::Cut { site, out, r#in }),
+        2 => (site.clone(), 0..300_u32).prop_map(|(site, per_thousand)| Change::Loss { site, per_thousand }),
+        1 => (site.clone(), 0..300_u32).prop_map(|(site, per_thousand)| Change::Duplicates { site, per_thousand }),
+        1 => (site.clone(), 1..200_u64, 0..100_u64).prop_map(|(site, delay, jitter)| Change::Delay { site, delay, jitter }),
+        1 => (site.clone(), prop_oneof![Just(1300_usize), Just(1500)]).prop_map(|(site, mtu)| Change::Mtu { site, mtu }),
+        1 => site.prop_map(|site| Change::RestartNat { site }),
+        1 => (peer.clone(), 1024..u16::MAX).prop_map(|(peer, port)| Change::Rebind { peer, port }),
+        1 => (peer.clone(), any::<bool>()).prop_map(|(peer, is_up)| Change::Relay { peer, is_up }),
+        1 => (peer.clone(), any::<bool>()).prop_map(|(peer, is_blocked)| Change::Policy { peer, is_blocked }),
+        2 => (peer, proptest::option::of(5..2000_u64)).prop_map(|(peer, pause)| Change::Traffic { peer, pause }),
+        1 => Just(Change::Heal),
+    ]
+}
+
+fn story() -> impl Strategy<Value = Story> {
+    let nat = proptest::option::of(prop_oneof![
+        Just(Kind::FullCone),
+        Just(Kind::Restricted),
+        Just(Kind::PortRestricted),
+        Just(Kind::Symmetric)
+    ]);
+    let families = prop_oneof![4 => Just(Families::V4), 1 => Just(Families::V6), 2 => Just(Families::Both)];
+    let changes = proptest::collection::vec((0..20_000_u64, change()), 0..10);
+    let places = ([nat.clone(), nat], [families.clone(), families], proptest::bool::weighted(0.2));
+    (any::<u64>(), places, changes).prop_map(|(seed, (nats, families, are_neighbours), changes)| Story {
+        seed,
+        nats,
+        families,
+        are_neighbours,
+        changes,
+    })
+}
+
+fn happen(world: &mut World, change: &Change) {
+    match *change {
+        Change::Cut { site, out, r#in } => {
+            let conditions = world.network.conditions(site);
+            (conditions.is_cut_out, conditions.is_cut_in) = (out, r#in);
+        }
+        Change::Loss { site, per_thousand } => world.network.conditions(site).loss = per_thousand,
+        Change::Duplicates { site, per_thousand } => world.network.conditions(site).duplicates = per_thousand,
+        Change::Delay { site, delay, jitter } => {
+            let conditions = world.network.conditions(site);
+            [conditions.delay, conditions.jitter] = [delay, jitter].map(Duration::from_millis);
+        }
+        Change::Mtu { site, mtu } => world.network.conditions(site).mtu = mtu,
+        Change::RestartNat { site } => world.network.restart_nat(site),
+        Change::Rebind { peer, port } => world.rebind(PeerId(peer), port),
+        Change::Relay { peer, is_up } => world.set_relay(PeerId(peer), is_up),
+        Change::Policy { peer, is_blocked } => {
+            let policy = if is_blocked { Direct::Blocked } else { Direct::Allowed };
+            world.set_policy(PeerId(peer), policy);
+        }
+        Change::Traffic { peer, pause } => {
+            world.set_traffic(PeerId(peer), pause.map(Duration::from_millis));
+        }
+        Change::Heal => world.heal(),
+    }
+}
+
+/// Lets the time between two changes pass. Once peers had the time to notice what does not work any more, every
+/// packet that the relay could carry arrives, whatever has become of UDP. Those that chance may take are not looked
+/// at, nor those that the next change may meet on their way.
+fn pass(world: &mut World, span: Duration) -> Vec<Expected> {
+    let Some(looked_at) = span.checked_sub(NOTICED_AFTER + UNDER_WAY) else {
+        world.run(span);
+        return Vec::new();
+    };
+    let counts = |world: &World| PAIRS.map(|(from, to)| world.peers[from.0].others[&to].sent);
+    world.run(NOTICED_AFTER);
+    let before = counts(world);
+    world.run(looked_at);
+    let after = counts(world);
+    world.run(UNDER_WAY);
+    if !world.is_certain() {
+        return Vec::new();
+    }
+    let ranges = before.into_iter().zip(after).map(|(before, after)| before + 1..=after);
+    PAIRS.into_iter().zip(ranges).map(|((from, to), numbers)| Expected { from, to, numbers }).collect()
+}
+
+/// Packets that have to arrive.
+#[derive(Debug)]
+struct Expected {
+    from: PeerId,
+    to: PeerId,
+    numbers: RangeInclusive<u64>,
+}
+
+impl Expected {
+    fn have_come(self, world: &World) {
+        let Self { from, to, numbers } = self;
+        let came = &world.peers[to.0].others[&from].received;
+        let missing: Vec<u64> = numbers.filter(|number| !came.contains(number)).collect();
+        let fates = world.network.fates();
+        assert!(
+            missing.is_empty(),
+            "{} packets of {from:?} did not come, {missing:.10?}; {fates:?}",
+            missing.len()
+        );
+    }
+}
+
+/// Peace: everything works, both talk. Then every packet arrives, and directly where that can be.
+fn ends_well(world: &mut World, story: &Story) {
+    world.heal();
+    world.ids().for_each(|id| world.set_traffic(id, Some(PACE)));
+    world.changed_at = world.now;
+    world.run(PEACE);
+    let expected = pass(world, NOTICED_AFTER + LOOKED_AT + UNDER_WAY);
+    assert_eq!(expected.len(), PAIRS.len());
+    expected.into_iter().for_each(|expected| expected.have_come(world));
+    for (from, to) in PAIRS {
+        assert_eq!(is_direct(world, from, to), story.can_be_direct(), "from {from:?}");
+    }
+    assert!(world.seen.busiest_second <= MOST_PER_SECOND, "{} in one second", world.seen.busiest_second);
+    for peer in &world.peers {
+        let held: usize = peer.others.values().map(|other| format!("{:?}", other.path).len()).sum();
+        assert!(held < MOST_HELD, "{held} characters are needed to write a path down");
+    }
+}
+
+fn is_direct(world: &World, from: PeerId, to: PeerId) -> bool {
+    let best = world.peers[from.0].others[&to].path.best();
+    best.is_some_and(|best| best.is_trusted(world.now))
+}
+
+fn cases() -> u32 {
+    std::env::var("WARREN_SEEDS").map_or(2000, |seeds| seeds.parse().unwrap())
+}
+
+#[test]
+fn a_path_that_dies_under_load_is_left_within_a_second_and_taken_again_within_another() {
+    for (out, r#in) in [(true, true), (true, false), (false, true)] {
+        let story = Story {
+            seed: 1,
+            nats: [Some(Kind::PortRestricted), None],
+            families: [Families::V4; 2],
+            are_neighbours: false,
+            changes: Vec::new(),
+        };
+        let mut world = story.begin();
+        world.ids().for_each(|id| world.set_traffic(id, Some(Duration::from_millis(20))));
+        world.run(Duration::from_secs(20));
+        assert!(
+            PAIRS.iter().all(|(from, to)| is_direct(&world, *from, *to)),
+            "they are direct to begin with"
+        );
+        happen(&mut world, &Change::Cut { site: 0, out, r#in });
+        world.run(Duration::from_secs(1));
+        let before = PAIRS.map(|(from, to)| world.peers[from.0].others[&to].sent);
+        world.run(Duration::from_secs(10));
+        for ((from, to), before) in PAIRS.into_iter().zip(before) {
+            let sent = world.peers[from.0].others[&to].sent;
+            Expected { from, to, numbers: before + 1..=sent - 5 }.have_come(&world);
+        }
+        world.heal();
+        world.run(Duration::from_millis(1200));
+        assert!(PAIRS.iter().all(|(from, to)| is_direct(&world, *from, *to)), "cut out {out}, in {}", r#in);
+    }
+}
+
+proptest! {
+    #![proptest_config(Config { cases: cases(), failure_persistence: None, ..Config::default() })]
+
+    #[test]
+    fn whatever_happens_peers_find_each_other_again_and_every_packet_arrives(story in story()) {
+        let mut world = story.begin();
+        let mut expected = Vec::new();
+        for (pause, change) in &story.changes {
+            expected.extend(pass(&mut world, Duration::from_millis(*pause)));
+            world.changed_at = world.now;
+            happen(&mut world, change);
+        }
+        ends_well(&mut world, &story);
+        expected.into_iter().for_each(|expected| expected.have_come(&world));
+    }
+}
