@@ -4,7 +4,10 @@
 pub mod backoff;
 pub mod budget;
 pub mod coordination;
+pub mod endpoints;
 pub mod home;
+pub mod netcheck;
+pub mod network;
 pub mod own_node;
 pub mod path;
 pub mod ping;
