@@ -12,5 +12,6 @@ pub mod relay;
 pub mod runtime;
 pub mod session;
 pub mod speaker;
+pub mod udp;
 mod websocket;
 pub mod wireguard;
