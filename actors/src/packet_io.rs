@@ -131,8 +131,15 @@ mod tests {
     async fn peers_follow_the_network_map() {
         let net = Arc::new(net(NetworkOwner::Nobody));
         let key = NodePrivate::generate().public();
-        let (home, addresses) = (RegionId(1), Vec::new());
-        let peer = Peer { node_key: key, disco_key: DiscoPublic([1; 32]), home, addresses, keepalive: false };
+        let peer = Peer {
+            node_key: key,
+            disco_key: DiscoPublic([1; 32]),
+            home: RegionId(1),
+            addresses: Vec::new(),
+            keepalive: false,
+            endpoints: Vec::new(),
+            ready: true,
+        };
         let map = net.network_map.claim().unwrap();
         map.set(NetworkMap { peers: [(Uuid::nil(), peer)].into() });
         hear_change(&net).await;

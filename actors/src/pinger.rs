@@ -347,6 +347,8 @@ mod tests {
                 home: RegionId(1),
                 addresses: Vec::new(),
                 keepalive: false,
+                endpoints: Vec::new(),
+                ready: true,
             };
             let peers = ids.iter().map(|id| (Uuid::from_u128(u128::from(*id)), peer(id))).collect();
             self.part.net.network_map.claim().unwrap().set(NetworkMap { peers });

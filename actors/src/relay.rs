@@ -541,6 +541,8 @@ pub(crate) mod tests {
                 home: RegionId(*home),
                 addresses: Vec::new(),
                 keepalive: false,
+                endpoints: Vec::new(),
+                ready: true,
             };
             let peers = homes.iter().map(|home| (Uuid::from_u128(u128::from(*home)), peer(home))).collect();
             self.net.network_map.claim().unwrap().set(NetworkMap { peers });

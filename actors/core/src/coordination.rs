@@ -7,7 +7,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map},
-    net::Ipv6Addr,
+    net::{Ipv6Addr, SocketAddr},
     time::{Duration, Instant},
 };
 
@@ -62,6 +62,11 @@ pub struct Peer {
     pub addresses: Vec<Ipv6Addr>,
     /// Whether the tunnel to it is kept warm.
     pub keepalive: bool,
+    /// Where it says that it can be reached over UDP.
+    pub endpoints: Vec<SocketAddr>,
+    /// Whether it said that it knows us. One that did not was given the time to: what it left unanswered is worth
+    /// repeating once it does.
+    pub ready: bool,
 }
 
 /// What to send on the Coordinate stream, in this order.
@@ -123,6 +128,8 @@ pub struct Coordination {
 struct Entry {
     node: Option<Peer>,
     ready: Ready,
+    /// READY was heard with the present node key.
+    is_announced: bool,
     /// When READY was last heard: it may be meant for a node that is yet to come.
     announced_at: Option<Instant>,
     /// When to look whether a lost peer is to be given up; `None` while it is not lost.
@@ -247,7 +254,7 @@ impl Coordination {
         let may_be_programmed = !is_destination || entry.ready == Ready::Yes;
         // Kept warm also after the timeout: managers show an agent without a fresh handshake as dead.
         let peer = entry.node.as_ref().filter(|_| may_be_programmed)?;
-        Some(Peer { keepalive: is_destination, ..peer.clone() })
+        Some(Peer { keepalive: is_destination, ready: entry.is_announced, ..peer.clone() })
     }
 
     /// A peer that was known before it became a destination waits for READY from now on.
@@ -316,6 +323,7 @@ impl Coordination {
         let entry = self.entry(id)?;
         if entry.has_other_key(&peer) && !entry.was_announced(now) {
             entry.ready = Ready::No;
+            entry.is_announced = false;
         }
         entry.node = Some(peer);
         entry.lost_until = None;
@@ -328,6 +336,7 @@ impl Coordination {
     fn handle_ready(&mut self, now: Instant, id: Uuid) -> Result<(), IgnoredReason> {
         let entry = self.entry(id)?;
         entry.ready = Ready::Yes;
+        entry.is_announced = true;
         entry.announced_at = Some(now);
         Ok(())
     }

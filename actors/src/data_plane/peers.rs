@@ -368,6 +368,8 @@ mod tests {
             home: RegionId(1),
             addresses: vec![address(number)],
             keepalive: true,
+            endpoints: Vec::new(),
+            ready: true,
         };
         let peers = (0..peers).map(|number| (Uuid::from_u128(u128::from(number)), peer(number))).collect();
         NetworkMap { peers }

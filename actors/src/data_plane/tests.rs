@@ -517,6 +517,8 @@ fn network(peers: &[&Side], keepalive: bool) -> NetworkMap {
         home: REGION,
         addresses: vec![side.address],
         keepalive,
+        endpoints: Vec::new(),
+        ready: true,
     };
     NetworkMap {
         peers: peers.iter().map(|side| (Uuid::from_bytes(side.address.octets()), peer(side))).collect(),

@@ -1,6 +1,6 @@
 //! Reading a peer's node message (tailnet-control 5.1, tailnet-data 11.1).
 
-use std::net::Ipv6Addr;
+use std::net::{Ipv6Addr, SocketAddr};
 
 use warren_proto::{
     address::Cidr,
@@ -13,6 +13,8 @@ use crate::relay_map::RegionId;
 
 /// Addresses of one peer that are handled; agents have two or three.
 const MAX_ADDRESSES: usize = 64;
+/// Endpoints of one peer that are kept; the largest agents have some twenty.
+const MAX_ENDPOINTS: usize = 100;
 /// Of a malformed text this much is told.
 const SHOWN: usize = 64;
 
@@ -51,6 +53,8 @@ pub(super) fn decode(node: &tailnet::Node) -> Result<Peer, NodeError> {
         home: RegionId::new(node.preferred_derp.into()).ok_or(NodeError::Home(node.preferred_derp))?,
         addresses: single_addresses(&allowed),
         keepalive: false,
+        endpoints: endpoints(&node.endpoints),
+        ready: false,
     })
 }
 
@@ -77,6 +81,12 @@ fn single_addresses(allowed: &[Cidr]) -> Vec<Ipv6Addr> {
     addresses
 }
 
+/// What cannot be read is no reason to be without the rest.
+fn endpoints(texts: &[String]) -> Vec<SocketAddr> {
+    let read = texts.iter().filter_map(|text| text.parse::<SocketAddr>().ok());
+    read.map(|it| SocketAddr::new(it.ip().to_canonical(), it.port())).take(MAX_ENDPOINTS).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
@@ -101,6 +111,18 @@ mod tests {
         assert_eq!(decode(&tailnet::Node { allowed_ips: most, ..node() }).unwrap().addresses.len(), 64);
         let long = tailnet::Node { addresses: vec!["x".repeat(1000)], ..node() };
         assert_eq!(decode(&long), Err(NodeError::Address("x".repeat(64))));
+    }
+
+    #[test]
+    fn endpoints_are_kept_as_far_as_they_can_be_read_and_not_without_end() {
+        let texts =
+            ["192.0.2.1:41641", "nonsense", "[2001:db8::1]:1", "[::ffff:192.0.2.2]:2", "192.0.2.3", ""];
+        let peer = decode(&tailnet::Node { endpoints: texts.map(String::from).into(), ..node() }).unwrap();
+        let expected = ["192.0.2.1:41641", "[2001:db8::1]:1", "192.0.2.2:2"];
+        assert_eq!(peer.endpoints, expected.map(|text| text.parse::<SocketAddr>().unwrap()));
+        let endpoints = (1..=1000).map(|port| format!("192.0.2.1:{port}")).collect();
+        let crowd = decode(&tailnet::Node { endpoints, ..node() }).unwrap();
+        assert_eq!(crowd.endpoints.len(), MAX_ENDPOINTS);
     }
 
     #[test]

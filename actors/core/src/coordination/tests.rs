@@ -76,6 +76,8 @@ const ROWS: &[Row] = &[
             (Node(1, 1), Same),
             (Pass(MS.saturating_mul(4999)), Same),
             (Pass(MS), Programmed),
+            // What was sent too early is repeated.
+            (Ready, Programmed),
             (Ready, Same),
         ],
     ),
@@ -298,17 +300,20 @@ fn each_event_programs_what_it_should_and_nothing_else() {
 }
 
 #[test]
-fn other_endpoints_latencies_and_times_reprogram_nothing() {
+fn other_latencies_and_times_reprogram_nothing_and_other_endpoints_are_told() {
     let mut table = Table::connected();
     assert!(table.happen(0, Node(1, 1)).map_changed);
     let node = tailnet::Node {
         id: 7,
         as_of: Some(prost_types::Timestamp { seconds: 1, nanos: 0 }),
-        endpoints: vec!["192.0.2.1:41641".to_owned()],
         derp_latency: [("1-v4".to_owned(), 0.1)].into(),
         ..node(1, 1)
     };
-    assert!(!table.update(0, Kind::Node, Some(node)).map_changed);
+    assert!(!table.update(0, Kind::Node, Some(node.clone())).map_changed);
+    let endpoints = vec!["192.0.2.1:41641".to_owned()];
+    assert!(table.update(0, Kind::Node, Some(tailnet::Node { endpoints, ..node })).map_changed);
+    let peer = &table.coordination.network_map().peers[&id(0)];
+    assert_eq!(peer.endpoints, ["192.0.2.1:41641".parse().unwrap()]);
 }
 
 #[test]

@@ -491,8 +491,15 @@ fn map_of(peers: &[(u128, u8)]) -> NetworkMap {
 }
 
 fn peer(node_key: NodePublic) -> Peer {
-    let disco_key = DiscoPublic([1; 32]);
-    Peer { node_key, disco_key, home: RegionId(1), addresses: Vec::new(), keepalive: true }
+    Peer {
+        node_key,
+        disco_key: DiscoPublic([1; 32]),
+        home: RegionId(1),
+        addresses: Vec::new(),
+        keepalive: true,
+        endpoints: Vec::new(),
+        ready: true,
+    }
 }
 
 fn id(number: u128) -> Uuid {
