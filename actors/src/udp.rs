@@ -15,13 +15,15 @@ use std::{
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
 mod errors;
+mod gather;
 mod runs;
 mod socket;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use gather::Gather;
 pub(crate) use runs::Runs;
-pub(crate) use socket::{MAX_DATAGRAM, Received, Socket, Unsent};
+pub(crate) use socket::{Received, Socket, Unsent};
 
 /// What a socket holds for us while we are busy: below it a burst is lost, above it only stands.
 const RECEIVE_BUFFER: usize = 1024 * 1024;
@@ -119,6 +121,11 @@ impl Sockets {
     /// Where they are bound.
     pub(crate) fn ports(&self) -> LocalPorts {
         self.ports
+    }
+
+    /// Each of them.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<Socket>> {
+        std::iter::once(&self.v4).chain(self.v6.as_ref())
     }
 
     /// The socket that reaches `to`.

@@ -59,7 +59,7 @@ fn errno(message: &libc::msghdr) -> Option<i32> {
             let kind = (header.cmsg_level, header.cmsg_type);
             let is_error = kind == (libc::IPPROTO_IP, libc::IP_RECVERR)
                 || kind == (libc::IPPROTO_IPV6, libc::IPV6_RECVERR);
-            if is_error && header.cmsg_len as usize >= least {
+            if is_error && header.cmsg_len >= least {
                 let error: libc::sock_extended_err =
                     libc::CMSG_DATA(header).cast::<libc::sock_extended_err>().read_unaligned();
                 return i32::try_from(error.ee_errno).ok();

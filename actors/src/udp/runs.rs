@@ -3,7 +3,10 @@
 
 use std::net::SocketAddr;
 
-use super::{Sockets, Unsent, socket::MAX_RUN_BYTES};
+use super::{
+    Sockets, Unsent,
+    socket::{MAX_RUN_BYTES, Run},
+};
 
 /// Bytes of datagrams of one batch: four superpackets, sealed, are 280 KiB; small segments take more.
 pub(crate) const RUNS_BYTES: usize = 512 * 1024;
@@ -21,12 +24,12 @@ pub(crate) struct Full;
 pub(crate) struct Runs {
     buffer: Vec<u8>,
     filled: usize,
-    runs: Vec<Run>,
+    spans: Vec<Span>,
 }
 
-/// Datagrams to one destination, all of `size` but the last, which may be shorter.
+/// Where a run is in the buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Run {
+struct Span {
     to: SocketAddr,
     start: usize,
     end: usize,
@@ -35,14 +38,14 @@ struct Run {
 
 impl Default for Runs {
     fn default() -> Self {
-        Self { buffer: vec![0; RUNS_BYTES], filled: 0, runs: Vec::with_capacity(MAX_RUNS) }
+        Self { buffer: vec![0; RUNS_BYTES], filled: 0, spans: Vec::with_capacity(MAX_RUNS) }
     }
 }
 
 impl Runs {
     /// Room for a datagram of up to `room` bytes; [`Self::commit`] makes it one.
     pub(crate) fn room(&mut self, room: usize) -> Result<&mut [u8], Full> {
-        if self.runs.len() >= MAX_RUNS {
+        if self.spans.len() >= MAX_RUNS {
             return Err(Full);
         }
         self.buffer.get_mut(self.filled..self.filled + room).ok_or(Full)
@@ -51,29 +54,44 @@ impl Runs {
     /// Makes the first `len` bytes of the last [`Self::room`] a datagram to `to`, and returns it.
     pub(crate) fn commit(&mut self, to: SocketAddr, len: usize) -> &[u8] {
         let (start, end) = (self.filled, self.filled + len);
-        match self.runs.last_mut() {
-            Some(run) if run.takes(to, len) => run.end = end,
-            _ => self.runs.push(Run { to, start, end, size: len }),
+        match self.spans.last_mut() {
+            Some(last) if last.takes(to, len) => last.end = end,
+            _ => self.spans.push(Span { to, start, end, size: len }),
         }
         self.filled = end;
         self.buffer.get(start..end).unwrap_or_default()
     }
 
+    /// Adds a datagram.
+    pub(crate) fn push(&mut self, to: SocketAddr, datagram: &[u8]) -> Result<(), Full> {
+        self.room(datagram.len())?.copy_from_slice(datagram);
+        self.commit(to, datagram.len());
+        Ok(())
+    }
+
     /// Whether there is nothing to send.
     pub(crate) fn is_empty(&self) -> bool {
-        self.runs.is_empty()
+        self.spans.is_empty()
     }
 
     /// Sends everything, waiting where a socket takes nothing more. Tells `lost` what could not be sent, and how
     /// many datagrams that were.
     pub(crate) async fn send(&mut self, sockets: &Sockets, mut lost: impl FnMut(SocketAddr, Unsent, u64)) {
-        for run in &self.runs {
-            let bytes = self.buffer.get(run.start..run.end).unwrap_or_default();
-            match sockets.of(run.to) {
-                Some(socket) => {
-                    socket.send_run(run.to, bytes, run.size, |why, count| lost(run.to, why, count)).await;
-                }
-                None => lost(run.to, Unsent::Unreachable, run.len() as u64),
+        for span in &self.spans {
+            match sockets.of(span.to) {
+                Some(socket) => socket.send_run(span.of(&self.buffer), &mut lost).await,
+                None => lost(span.to, Unsent::Unreachable, span.len() as u64),
+            }
+        }
+        self.clear();
+    }
+
+    /// Sends what the sockets take now. Tells `lost` what could not be sent, and how many datagrams that were.
+    pub(crate) fn send_now(&mut self, sockets: &Sockets, mut lost: impl FnMut(SocketAddr, Unsent, u64)) {
+        for span in &self.spans {
+            match sockets.of(span.to) {
+                Some(socket) => socket.send_run_now(span.of(&self.buffer), &mut lost),
+                None => lost(span.to, Unsent::Unreachable, span.len() as u64),
             }
         }
         self.clear();
@@ -81,14 +99,18 @@ impl Runs {
 
     /// Forgets everything. Returns how many datagrams that were.
     pub(crate) fn clear(&mut self) -> u64 {
-        let forgotten = self.runs.iter().map(|run| run.len() as u64).sum();
-        self.runs.clear();
+        let forgotten = self.spans.iter().map(|span| span.len() as u64).sum();
+        self.spans.clear();
         self.filled = 0;
         forgotten
     }
 }
 
-impl Run {
+impl Span {
+    fn of<'a>(&self, buffer: &'a [u8]) -> Run<'a> {
+        Run { to: self.to, bytes: buffer.get(self.start..self.end).unwrap_or_default(), size: self.size }
+    }
+
     fn len(&self) -> usize {
         (self.end - self.start).div_ceil(self.size.max(1))
     }
@@ -125,7 +147,7 @@ mod tests {
         let mut runs = Runs::default();
         (0..100).for_each(|_| add(&mut runs, to(1), 1312));
         (0..100).for_each(|_| add(&mut runs, to(2), 32));
-        let lengths: Vec<usize> = runs.runs.iter().map(Run::len).collect();
+        let lengths: Vec<usize> = runs.spans.iter().map(Span::len).collect();
         assert_eq!(lengths, [49, 49, 2, 64, 36], "floor(65507 / 1312), and 64");
     }
 
@@ -149,7 +171,7 @@ mod tests {
     }
 
     fn shape(runs: &Runs) -> Vec<(SocketAddr, usize, usize, usize)> {
-        runs.runs.iter().map(|run| (run.to, run.start, run.end, run.size)).collect()
+        runs.spans.iter().map(|it| (it.to, it.start, it.end, it.size)).collect()
     }
 
     fn to(port: u16) -> SocketAddr {

@@ -48,6 +48,27 @@ pub(crate) enum Unsent {
     Failed,
 }
 
+/// Datagrams to one destination side by side, all of `size` but the last, which may be shorter.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Run<'a> {
+    pub(super) to: SocketAddr,
+    pub(super) bytes: &'a [u8],
+    pub(super) size: usize,
+}
+
+impl Run<'_> {
+    fn left(&self) -> u64 {
+        self.bytes.len().div_ceil(self.size.max(1)) as u64
+    }
+}
+
+/// How far a run got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    Done,
+    Blocked,
+}
+
 /// A socket on the runtime of the data plane. Sending is possible from any thread.
 #[derive(Debug)]
 pub(crate) struct Socket {
@@ -106,30 +127,42 @@ impl Socket {
     }
 
     /// Sends a run, waiting while the socket takes nothing. Tells `lost` what was not sent.
-    pub(super) async fn send_run(
-        &self,
-        to: SocketAddr,
-        mut bytes: &[u8],
-        size: usize,
-        mut lost: impl FnMut(Unsent, u64),
-    ) {
+    pub(super) async fn send_run(&self, mut run: Run<'_>, lost: &mut impl FnMut(SocketAddr, Unsent, u64)) {
+        while self.send_some(&mut run, lost) == Progress::Blocked {
+            if !self.wait_until_writable().await {
+                return lost(run.to, Unsent::Blocked, run.left());
+            }
+        }
+    }
+
+    /// Sends of a run what the socket takes now. Tells `lost` what was not sent.
+    pub(super) fn send_run_now(&self, mut run: Run<'_>, lost: &mut impl FnMut(SocketAddr, Unsent, u64)) {
+        if self.send_some(&mut run, lost) == Progress::Blocked {
+            lost(run.to, Unsent::Blocked, run.left());
+        }
+    }
+
+    fn send_some(&self, run: &mut Run<'_>, lost: &mut impl FnMut(SocketAddr, Unsent, u64)) -> Progress {
         let mut is_cut_by_kernel = self.may_segment();
-        while !bytes.is_empty() {
-            let is_run = is_cut_by_kernel && bytes.len() > size;
-            let (now, later) =
-                if is_run { (bytes, [].as_slice()) } else { bytes.split_at(size.min(bytes.len())) };
-            let left = bytes.len().div_ceil(size.max(1)) as u64;
-            match self.send(to, now, is_run.then_some(size)) {
-                Ok(()) => bytes = later,
-                Err(Unsent::Blocked) if self.wait_until_writable().await => {}
-                Err(why @ (Unsent::Blocked | Unsent::Unreachable)) => return lost(why, left),
-                Err(Unsent::TooBig | Unsent::Failed) if is_run => is_cut_by_kernel = false,
+        while !run.bytes.is_empty() {
+            let is_whole = is_cut_by_kernel && run.bytes.len() > run.size;
+            let len = if is_whole { run.bytes.len() } else { run.size.clamp(1, run.bytes.len()) };
+            let (now, later) = run.bytes.split_at(len);
+            match self.send(run.to, now, is_whole.then_some(run.size)) {
+                Ok(()) => run.bytes = later,
+                Err(Unsent::Blocked) => return Progress::Blocked,
+                Err(Unsent::Unreachable) => {
+                    lost(run.to, Unsent::Unreachable, run.left());
+                    run.bytes = &[];
+                }
+                Err(Unsent::TooBig | Unsent::Failed) if is_whole => is_cut_by_kernel = false,
                 Err(why @ (Unsent::TooBig | Unsent::Failed)) => {
-                    lost(why, 1);
-                    bytes = later;
+                    lost(run.to, why, 1);
+                    run.bytes = later;
                 }
             }
         }
+        Progress::Done
     }
 
     /// Waits until there is something to read, or to complain about.
@@ -200,15 +233,6 @@ pub(crate) struct Received {
     count: usize,
 }
 
-/// Datagrams from one source, all of one size but the last, which may be shorter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Message<'a> {
-    /// Who sent them.
-    pub(crate) from: SocketAddr,
-    bytes: &'a [u8],
-    size: usize,
-}
-
 impl Default for Received {
     fn default() -> Self {
         Self { buffer: vec![0; MESSAGES * MAX_DATAGRAM], metas: Default::default(), count: 0 }
@@ -216,21 +240,32 @@ impl Default for Received {
 }
 
 impl Received {
-    /// What the last batch brought.
-    pub(crate) fn messages(&self) -> impl Iterator<Item = Message<'_>> + Clone {
-        let metas = self.metas.iter().take(self.count);
-        metas.zip(self.buffer.chunks_exact(MAX_DATAGRAM)).map(|(meta, room)| Message {
-            from: without_flow(meta.addr),
-            bytes: room.get(..meta.len).unwrap_or_default(),
-            size: meta.stride,
+    /// The datagrams of the last batch, by source, as far as they came one after the other.
+    pub(crate) fn by_source(
+        &self,
+    ) -> impl Iterator<Item = (SocketAddr, impl Iterator<Item = &[u8]> + Clone)> {
+        let mut rooms = self.buffer.chunks_exact(MAX_DATAGRAM);
+        let metas = self.metas.get(..self.count).unwrap_or_default();
+        metas.chunk_by(|one, next| one.addr == next.addr).filter_map(move |run| {
+            let from = without_flow(run.first()?.addr);
+            let messages = run.iter().zip(rooms.clone());
+            rooms.nth(run.len() - 1);
+            let datagrams = messages
+                .flat_map(|(meta, room)| room.get(..meta.len).unwrap_or_default().chunks(meta.stride.max(1)));
+            Some((from, datagrams))
         })
     }
-}
 
-impl<'a> Message<'a> {
-    /// Each of its datagrams.
-    pub(crate) fn datagrams(self) -> impl Iterator<Item = &'a [u8]> + Clone {
-        self.bytes.chunks(self.size.max(1))
+    /// How many datagrams the last batch brought; 0 if the kernel glued some together.
+    pub(crate) fn singles(&self) -> usize {
+        let metas = self.metas.get(..self.count).unwrap_or_default();
+        if metas.iter().any(|meta| meta.stride < meta.len) { 0 } else { metas.len() }
+    }
+
+    /// In how many messages the last batch came.
+    #[cfg(test)]
+    pub(super) fn messages(&self) -> usize {
+        self.count
     }
 }
 

@@ -86,8 +86,7 @@ async fn runs_arrive_whole_and_in_order_in_both_families() {
         // More than one run, and a shorter one at the end.
         let sent: Vec<Vec<u8>> = (0..=120).map(|n: u8| vec![n; if n == 120 { 40 } else { 1312 }]).collect();
         for datagram in &sent {
-            runs.room(datagram.len()).unwrap().copy_from_slice(datagram);
-            runs.commit(to, datagram.len());
+            runs.push(to, datagram).unwrap();
         }
         runs.send(&a, |_, why, count| panic!("{why:?}, {count}")).await;
         assert!(runs.is_empty());
@@ -127,7 +126,7 @@ async fn an_error_of_one_destination_does_not_lose_the_next_datagram_to_another(
 async fn what_the_path_does_not_carry_is_told_and_the_rest_of_the_run_goes_on() {
     let (a, b) = (sockets(), sockets());
     let to = SocketAddr::from((Ipv4Addr::LOCALHOST, b.ports().v4));
-    assert_eq!(a.send(to, &vec![0; MAX_DATAGRAM + 1]), Err(Unsent::TooBig));
+    assert_eq!(a.send(to, &[0; 65_536]), Err(Unsent::TooBig));
     let nowhere = "[2001:db8::1]:1".parse().unwrap();
     let without_ipv6 = Sockets { v6: None, ..sockets() };
     assert_eq!(without_ipv6.send(nowhere, b"x"), Err(Unsent::Unreachable));
@@ -182,8 +181,8 @@ async fn receive(socket: &Socket, count: usize) -> (Vec<Vec<u8>>, usize) {
     while datagrams.len() < count {
         timeout(LIMIT, socket.ready()).await.unwrap().unwrap();
         if socket.receive(&mut received).is_ok() {
-            messages += received.messages().count();
-            datagrams.extend(received.messages().flat_map(|it| it.datagrams()).map(<[u8]>::to_vec));
+            messages += received.messages();
+            datagrams.extend(received.by_source().flat_map(|(_, sent)| sent).map(<[u8]>::to_vec));
         }
     }
     (datagrams, messages)
