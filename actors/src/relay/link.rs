@@ -113,6 +113,7 @@ pub(crate) struct Link {
     heard: AtomicU64,
     complained: AtomicU64,
     probe: Notify,
+    answered: Notify,
     token: CancellationToken,
 }
 
@@ -132,6 +133,7 @@ impl Link {
             heard: AtomicU64::new(0),
             complained: AtomicU64::new(0),
             probe: Notify::new(),
+            answered: Notify::new(),
             token,
         }
     }
@@ -178,6 +180,24 @@ impl Link {
     pub(crate) fn probe(&self) {
         *self.lock_fallback() = None;
         self.probe.notify_one();
+    }
+
+    /// Asks the relay whether it is there. Returns whether anything comes from it within `limit`.
+    pub(crate) async fn answers_within(&self, limit: Duration) -> bool {
+        let asked_at = micros(self.now());
+        self.probe.notify_one();
+        let answer = async {
+            loop {
+                let next = self.answered.notified();
+                tokio::pin!(next);
+                next.as_mut().enable();
+                if self.heard.load(Ordering::Relaxed) > asked_at {
+                    return;
+                }
+                next.await;
+            }
+        };
+        timeout(limit, answer).await.is_ok() && self.is_up()
     }
 
     /// Tells the relay whether it is our home.
@@ -233,6 +253,7 @@ impl Link {
 
     fn note_heard(&self) {
         self.heard.store(micros(self.now()), Ordering::Relaxed);
+        self.answered.notify_waiters();
     }
 
     fn lock_state(&self) -> std::sync::MutexGuard<'_, RelayLink> {
@@ -613,6 +634,20 @@ mod tests {
         assert!(matches!(watch(&link).await, Err(LinkError::Silent)));
         assert!(begun.elapsed() <= PONG_LIMIT + WATCH_PERIOD);
         assert_eq!(asked(&link), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_link_is_proved_alive_by_what_comes_after_the_question_and_by_nothing_before() {
+        let link = link();
+        link.is_up.store(true, Ordering::Relaxed);
+        link.note_heard();
+        assert!(!link.answers_within(Duration::from_secs(1)).await);
+        let answer = async {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            link.note_heard();
+        };
+        let (is_alive, ()) = tokio::join!(link.answers_within(Duration::from_secs(1)), answer);
+        assert!(is_alive);
     }
 
     #[tokio::test(start_paused = true)]
