@@ -1,11 +1,17 @@
-//! What outlives every actor: the TUN device, the relay links, the WireGuard sessions, and their tasks, all
-//! on one thread of their own.
+//! What outlives every actor: the TUN device, the relay links, the UDP sockets, the WireGuard sessions with the
+//! paths to their peers, and their tasks, all on one thread of their own.
 //!
 //! ```text
-//!  TUN ──► outbound ──► peer's engine ──► relay link ──► relay
-//!  TUN ◄── inbound  ◄── peer's engine ◄── relay link ◄── relay
-//!                └────► disco: pings answered, pongs to [`Events`]
+//!                                   ┌──► relay link ──► relay
+//!  TUN ──► outbound ──► peer's engine, by the route of its path
+//!                                   └──► runs ──► UDP socket ──► peer
+//!                                   ┌─── relay link ◄── relay
+//!  TUN ◄── inbound  ◄── peer's engine
+//!                │                  └─── UDP socket ◄── peer, STUN servers
+//!                └────► disco: pings answered, the rest to the peer's path; pongs and STUN to [`Events`]
 //! ```
+//!
+//! What a path wants done is done in `paths`; its time comes in `timers`.
 //!
 //! [`DataPlane`] is a handle that the composition lends to the parts. Packet I/O writes peers and the TUN,
 //! the relay writes links; whoever restarts reads what stands ([`DataPlane::links`]) and reconciles. A task
@@ -16,10 +22,10 @@ use std::{
     collections::BTreeMap,
     future::Future,
     io,
-    net::Ipv6Addr,
+    net::{Ipv6Addr, SocketAddr},
     panic::AssertUnwindSafe,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicU16, Ordering},
     },
     time::{Duration, Instant, SystemTime},
@@ -29,18 +35,27 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use futures::FutureExt;
 use tokio::runtime::Handle;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use warren_core::{coordination::NetworkMap, relay_map::RegionId};
-use warren_proto::key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic};
+use warren_core::{
+    coordination::NetworkMap,
+    path::{Best, Direct},
+    relay_map::RegionId,
+};
+use warren_proto::{
+    key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic},
+    stun,
+};
 
 use crate::{
     dial::Dialer,
     packet_io::tun::Tun,
     relay::link::{self, Link},
     runtime::Cell,
+    udp::{LocalPorts, Sockets, UdpSockets, Unsent},
     wireguard::{self, Engines, LEAST_ROOM, Sealed, Ticked},
 };
 
 mod counters;
+mod direct;
 mod disco;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
@@ -48,15 +63,21 @@ pub mod fuzzing;
 pub(crate) mod inbound;
 mod inner;
 mod outbound;
+mod paths;
 mod peers;
 #[cfg(test)]
 mod tests;
+mod timers;
 
+pub use self::direct::RebindError;
 pub use crate::relay::link::{LinkInfo, LinkTarget};
 pub use warren_proto::disco::TxId;
 
 use counters::{Counters, Drop, Tally};
+use direct::Readers;
+use paths::Pinged;
 use peers::{Peer, Peers};
+use timers::Timers;
 
 /// How long [`DataPlane::stop`] waits for the thread.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
@@ -77,6 +98,8 @@ pub struct DataPlaneConfig {
     pub dialer: Arc<Dialer>,
     /// Who hears what happens.
     pub events: Arc<dyn Events>,
+    /// The sockets for direct paths; without any everything is relayed.
+    pub udp: Option<UdpSockets>,
 }
 
 /// Who hears what happens. Called on the data plane's thread: implementations only hand over.
@@ -87,6 +110,46 @@ pub trait Events: Send + Sync {
     fn link_changed(&self, region: RegionId, change: LinkChange);
     /// A handshake with a peer was completed.
     fn handshake(&self, peer: NodePublic);
+    /// The direct path to a peer changed.
+    fn path_changed(&self, _change: PathChange) {}
+    /// A STUN server answered, or somebody who says so: only the number tells.
+    fn stun(&self, _answer: StunAnswer) {}
+    /// A peer is to be told where we are, and what we know of that is old: [`DataPlane::set_own_endpoints`] is
+    /// waited for.
+    fn endpoints_wanted(&self) {}
+}
+
+/// Another direct path is taken, or none any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PathChange {
+    /// To whom.
+    pub peer: NodePublic,
+    /// The address before; `None` for the relay.
+    pub from: Option<SocketAddr>,
+    /// The address now; `None` for the relay.
+    pub to: Option<SocketAddr>,
+}
+
+/// What a STUN server said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StunAnswer {
+    /// Who answered.
+    pub from: SocketAddr,
+    /// The number of the question.
+    pub txid: stun::TxId,
+    /// Where it saw us.
+    pub address: SocketAddr,
+    /// When it arrived.
+    pub received_at: Instant,
+}
+
+/// How a peer is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PathInfo {
+    /// The direct path, if one is taken.
+    pub direct: Option<Best>,
+    /// The region where it listens.
+    pub region: RegionId,
 }
 
 /// An answer to one of our pings, from a peer that holds its keys.
@@ -94,10 +157,14 @@ pub trait Events: Send + Sync {
 pub struct Pong {
     /// Who answered.
     pub peer: NodePublic,
-    /// The number of the ping.
+    /// The number of the ping; of one that its path sent by itself, any.
     pub txid: TxId,
     /// The relay region it came through; `None` for a direct path.
     pub region: Option<RegionId>,
+    /// The round trip.
+    pub latency: Duration,
+    /// Whether it answers [`DataPlane::send_ping`]. Whoever waits for this peer may take any.
+    pub is_user: bool,
     /// When it arrived.
     pub received_at: Instant,
 }
@@ -135,9 +202,26 @@ pub enum PingUnsent {
     /// There is no link to where the peer listens.
     #[error("there is no link to the peer's relay region")]
     NoLink,
-    /// The link's queue is full.
+    /// The link's queue, or the socket's, is full.
     #[error("the link's queue is full")]
     QueueFull,
+    /// The system says that there is no way to the peer's address.
+    #[error("the peer's address cannot be reached from here")]
+    Unreachable,
+}
+
+/// Why a STUN question was not sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum StunUnsent {
+    /// There is no socket for its kind of address, or none at the moment.
+    #[error("there is no UDP socket that reaches this kind of address")]
+    NoSocket,
+    /// The system says that there is no way to the server.
+    #[error("the STUN server cannot be reached from here")]
+    Unreachable,
+    /// The socket takes nothing at the moment.
+    #[error("the UDP socket takes nothing at the moment")]
+    Busy,
 }
 
 /// The handle of a running data plane. The data plane stops with [`DataPlane::stop`] or the last handle.
@@ -155,12 +239,21 @@ impl DataPlane {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = (CancellationToken::new(), CancellationToken::new());
-        let plane = Arc::new(Plane::new(config, stop.clone()));
+        let (mut config, registering) = (config, runtime.enter());
+        let sockets = config.udp.take().map(Sockets::register).transpose()?;
+        drop(registering);
+        let policy = if sockets.is_some() { Direct::Allowed } else { Direct::Blocked };
+        let plane = Plane::new(config, policy, handle.clone(), stop.clone());
+        if let Some(sockets) = sockets {
+            plane.use_sockets(sockets);
+        }
         let (timed, ended) = (Arc::clone(&plane), stopped.clone().drop_guard());
+        let paths = Arc::clone(&plane);
         std::thread::Builder::new().name("data-plane".to_owned()).spawn(move || {
             let _ended = ended;
             let stop = timed.stop.clone();
             runtime.spawn(endure("timers", move || keep_time(Arc::clone(&timed))));
+            runtime.spawn(endure("paths", move || timers::serve(Arc::clone(&paths))));
             runtime.block_on(stop.cancelled());
             runtime.shutdown_background();
         })?;
@@ -180,13 +273,13 @@ impl DataPlane {
     /// Makes the programmed peers equal to `map`; sessions stay unless a key changed. Peers to be kept
     /// warm get a handshake at once. Costs about 0.1 ms for each new peer: call it where that may block.
     pub fn set_peers(&self, map: &NetworkMap) {
-        self.warm_up(self.plane.peers.set(|| map, &self.plane.engines, Instant::now()));
+        self.stir(self.plane.peers.set(|| map, &self.plane.engines, Instant::now()));
     }
 
     /// As [`Self::set_peers`], with what `map` holds when it is this caller's turn: one that was overtaken
     /// while it waited brings nothing old back.
     pub fn follow_peers(&self, map: &Cell<NetworkMap>) {
-        self.warm_up(self.plane.peers.set(|| map.get(), &self.plane.engines, Instant::now()));
+        self.stir(self.plane.peers.set(|| map.get(), &self.plane.engines, Instant::now()));
     }
 
     /// What there is to say about each peer.
@@ -265,12 +358,63 @@ impl DataPlane {
         self.plane.links.load().values().for_each(|link| link.probe());
     }
 
-    /// Sends a ping to a peer through its relay region. The answer goes to [`Events::pong`].
+    /// Sends a ping to a peer over the direct path that is trusted; where there is none through its relay region,
+    /// and over UDP as far as that is due. The answer goes to [`Events::pong`].
     pub fn send_ping(&self, peer: NodePublic, txid: TxId) -> Result<(), PingUnsent> {
         let peer = self.plane.peers.by_key(&peer).ok_or(PingUnsent::UnknownPeer)?;
-        let link = self.plane.edge(&peer).ok_or(PingUnsent::NoLink)?;
-        let ping = disco::ping(&self.plane, &peer, txid);
-        link.send(&peer.key, &ping).map_err(|_| PingUnsent::QueueFull)
+        let mut pinged = Pinged::default();
+        self.plane.feed_and_note(&peer, &mut pinged, |path| path.user_ping(Instant::now(), txid));
+        pinged.outcome()
+    }
+
+    /// Binds the sockets anew, at the same port if it can be had. Paths, sessions and addresses stay as they are.
+    pub async fn rebind(&self) -> Result<LocalPorts, RebindError> {
+        let plane = Arc::clone(&self.plane);
+        // On the data plane's thread, so that nobody there is in the middle of sending.
+        let rebinding = self.runtime.spawn(async move { plane.rebind().await });
+        rebinding.await.unwrap_or(Err(RebindError::Stopped))
+    }
+
+    /// Where the sockets are bound; `None` without any.
+    pub fn local_ports(&self) -> Option<LocalPorts> {
+        self.plane.udp.load().as_ref().map(|sockets| sockets.ports())
+    }
+
+    /// Allows direct paths or not, whatever there was. Without sockets there are none.
+    pub fn set_direct(&self, policy: Direct) {
+        let policy = if self.plane.readers.has_sockets() { policy } else { Direct::Blocked };
+        self.plane.peers.set_policy(Instant::now(), policy);
+        self.stir(Vec::new());
+    }
+
+    /// Our own endpoints, as they were collected just now: what peers are told.
+    pub fn set_own_endpoints(&self, endpoints: Vec<SocketAddr>) {
+        self.plane.peers.set_own_endpoints(Instant::now(), endpoints);
+        self.stir(Vec::new());
+    }
+
+    /// Asks a STUN server, from the socket that carries everything else. The answer goes to [`Events::stun`].
+    pub fn send_stun(&self, to: SocketAddr, txid: stun::TxId) -> Result<(), StunUnsent> {
+        let sockets = self.plane.udp.load();
+        let socket = sockets.as_ref().and_then(|sockets| sockets.of(to)).ok_or(StunUnsent::NoSocket)?;
+        socket.send(to, &stun::request(&txid), None).map_err(|why| match why {
+            Unsent::Blocked => StunUnsent::Busy,
+            Unsent::Unreachable | Unsent::TooBig | Unsent::Failed => StunUnsent::Unreachable,
+        })
+    }
+
+    /// The link to the network changed, or we woke from sleep: every direct path has to prove itself anew.
+    pub fn link_changed(&self) {
+        let now = Instant::now();
+        self.plane.peers.all().iter().for_each(|peer| peer.ways().path.handle_link_change(now));
+        self.stir(Vec::new());
+    }
+
+    /// How each peer is reached.
+    pub fn paths(&self) -> BTreeMap<NodePublic, PathInfo> {
+        let info =
+            |peer: &Arc<Peer>| PathInfo { direct: peer.ways().path.best(), region: peer.settings().home };
+        self.plane.peers.all().iter().map(|peer| (peer.key, info(peer))).collect()
     }
 
     /// Ends every task, closes links and device, and waits until that is done.
@@ -279,12 +423,12 @@ impl DataPlane {
         let _ = tokio::time::timeout(STOP_LIMIT, self.stopped.cancelled()).await;
         self.detach_tun();
         self.plane.links.store(Arc::default());
+        self.plane.udp.store(None);
     }
 
-    fn warm_up(&self, peers: Vec<Arc<Peer>>) {
-        if !peers.is_empty() {
-            self.runtime.spawn(warm_up(Arc::clone(&self.plane), peers));
-        }
+    /// Does what follows for the paths from what they were told, and warms up who is cold.
+    fn stir(&self, cold: Vec<Arc<Peer>>) {
+        self.runtime.spawn(stir(Arc::clone(&self.plane), cold));
     }
 }
 
@@ -299,12 +443,18 @@ pub(crate) struct Plane {
     address: Ipv6Addr,
     pub(crate) dialer: Arc<Dialer>,
     pub(crate) events: Arc<dyn Events>,
+    runtime: Handle,
+    me: Weak<Plane>,
     engines: Engines,
     pub(crate) peers: Peers,
     links: ArcSwap<Links>,
     links_writer: Mutex<()>,
     /// Our home region; 0 for none.
     home: AtomicU16,
+    timers: Timers,
+    /// `None` without sockets, and for moments while they are bound anew.
+    udp: ArcSwapOption<Sockets>,
+    readers: Readers,
     tun: ArcSwapOption<Tun>,
     tun_task: Mutex<Option<DropGuard>>,
     counters: Counters,
@@ -312,8 +462,8 @@ pub(crate) struct Plane {
 }
 
 impl Plane {
-    fn new(config: DataPlaneConfig, stop: CancellationToken) -> Self {
-        Self {
+    fn new(config: DataPlaneConfig, policy: Direct, runtime: Handle, stop: CancellationToken) -> Arc<Self> {
+        Arc::new_cyclic(|me| Self {
             node_public: config.node.public(),
             disco_public: config.disco.public(),
             engines: Engines::new(&config.node),
@@ -322,15 +472,20 @@ impl Plane {
             address: config.address,
             dialer: config.dialer,
             events: config.events,
-            peers: Peers::new(),
+            runtime,
+            me: Weak::clone(me),
+            peers: Peers::new(policy),
             links: ArcSwap::default(),
             links_writer: Mutex::new(()),
             home: AtomicU16::new(0),
+            timers: Timers::default(),
+            udp: ArcSwapOption::empty(),
+            readers: Readers::default(),
             tun: ArcSwapOption::empty(),
             tun_task: Mutex::new(None),
             counters: Counters::new(),
             stop,
-        }
+        })
     }
 
     /// The link for packets to a peer (tailnet-data 4): its home region's if that is up, else that of the
@@ -355,7 +510,7 @@ impl Plane {
         };
         let cold: Vec<Arc<Peer>> = self.peers.all().into_iter().filter(is_cold).collect();
         if !cold.is_empty() {
-            tokio::spawn(warm_up(Arc::clone(self), cold));
+            self.runtime.spawn(warm_up(Arc::clone(self), cold));
         }
     }
 
@@ -380,11 +535,6 @@ impl Plane {
         {
             peer.set_cold();
         }
-    }
-
-    /// Sends what an engine made of itself. Returns whether it is on its way.
-    fn send(&self, peer: &Peer, message: &[u8]) -> bool {
-        self.edge(peer).is_some_and(|link| link.send(&peer.key, message).is_ok())
     }
 
     /// Lets time pass for every peer. The handshakes of many can come due together, and each costs about
@@ -427,6 +577,14 @@ impl Plane {
             links
         });
     }
+}
+
+async fn stir(plane: Arc<Plane>, cold: Vec<Arc<Peer>>) {
+    for batch in plane.peers.all().chunks(WARM_UP_BATCH) {
+        batch.iter().for_each(|peer| plane.feed(peer, |_| ()));
+        tokio::task::yield_now().await;
+    }
+    warm_up(plane, cold).await;
 }
 
 async fn warm_up(plane: Arc<Plane>, peers: Vec<Arc<Peer>>) {

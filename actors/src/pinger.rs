@@ -167,7 +167,12 @@ impl Pinger {
         for Ping { peer, txid, .. } in due.pings {
             match self.net.data_plane.send_ping(peer, txid) {
                 Ok(()) => {}
-                Err(PingUnsent::UnknownPeer | PingUnsent::NoLink | PingUnsent::QueueFull) => {
+                Err(
+                    PingUnsent::UnknownPeer
+                    | PingUnsent::NoLink
+                    | PingUnsent::QueueFull
+                    | PingUnsent::Unreachable,
+                ) => {
                     state.pings.unsent(&txid);
                     state.counters.unsent.increment(1);
                 }
@@ -302,8 +307,14 @@ mod tests {
     async fn a_pong_that_nobody_asked_for_is_no_result() {
         let mut setting = Setting::new().await;
         setting.set_peers(&[1]).await;
-        let pong =
-            Pong { peer: key(1), txid: [7; 12], region: Some(RegionId(1)), received_at: Instant::now() };
+        let pong = Pong {
+            peer: key(1),
+            txid: [7; 12],
+            region: Some(RegionId(1)),
+            latency: Duration::from_millis(1),
+            is_user: true,
+            received_at: Instant::now(),
+        };
         setting.hear(Message::Pong(pong)).await;
         assert!(setting.state.silent.0.is_empty());
         assert_eq!(setting.part.net.registry.depth(), 0);

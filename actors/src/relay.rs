@@ -562,6 +562,7 @@ pub(crate) mod tests {
             address: identity.address,
             dialer: Arc::new(Dialer::new(DialOptions::default()).unwrap()),
             events: Arc::new(Nobody),
+            udp: None,
         };
         let boot = Boot {
             generation: 1,

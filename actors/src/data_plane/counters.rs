@@ -19,6 +19,10 @@ pub(crate) enum Drop {
     Destination,
     /// A path probe that does not open or is not the peer's.
     Disco,
+    /// WireGuard over UDP from an address that is no peer's.
+    UnknownSource,
+    /// STUN that is no answer.
+    Stun,
     /// There is no device to deliver to.
     NoDevice,
     /// The device refused it.
@@ -29,35 +33,57 @@ pub(crate) enum Drop {
     NoRoute,
     /// There is no link to where the peer listens.
     NoLink,
-    /// The link's queue is full.
+    /// The link's queue, or the socket's, is full.
     QueueFull,
+    /// The system says that there is no way to the address.
+    Unreachable,
+    /// The path does not carry it in one piece.
+    TooBig,
+    /// The socket would not send it.
+    Socket,
     /// The engine would not seal it.
     Unsealed,
     /// It waited for a session that never came.
     NoSession,
 }
 
-const DROPS: [(Drop, &str, &str); 14] = [
+const DROPS: [(Drop, &str, &str); 19] = [
     (Drop::UnknownPeer, "receive", "unknown_peer"),
     (Drop::Refused, "receive", "refused"),
     (Drop::Inner, "receive", "inner"),
     (Drop::Source, "receive", "source"),
     (Drop::Destination, "receive", "destination"),
     (Drop::Disco, "receive", "disco"),
+    (Drop::UnknownSource, "receive", "unknown_source"),
+    (Drop::Stun, "receive", "stun"),
     (Drop::NoDevice, "receive", "no_device"),
     (Drop::Device, "receive", "device"),
     (Drop::Malformed, "transmit", "malformed"),
     (Drop::NoRoute, "transmit", "no_route"),
     (Drop::NoLink, "transmit", "no_link"),
     (Drop::QueueFull, "transmit", "queue_full"),
+    (Drop::Unreachable, "transmit", "unreachable"),
+    (Drop::TooBig, "transmit", "too_big"),
+    (Drop::Socket, "transmit", "socket"),
     (Drop::Unsealed, "transmit", "unsealed"),
     (Drop::NoSession, "transmit", "no_session"),
 ];
 
+/// Which way inner packets go or come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// Through a relay.
+    Relay,
+    /// Over UDP, perhaps through the relay as well.
+    Direct,
+}
+
+const WAYS: [(Way, &str); 2] = [(Way::Relay, "derp"), (Way::Direct, "direct")];
+
 /// Handles of every counter.
 pub(crate) struct Counters {
-    received: Traffic,
-    sent: Traffic,
+    received: [Traffic; WAYS.len()],
+    sent: [Traffic; WAYS.len()],
     drops: [Counter; DROPS.len()],
     /// Handshakes that made a session.
     pub(crate) handshakes_completed: Counter,
@@ -74,11 +100,15 @@ struct Traffic {
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     /// Inner packets and their bytes from peers.
-    pub(crate) received: Amount,
+    pub(crate) received: Amounts,
     /// Inner packets and their bytes to peers.
-    pub(crate) sent: Amount,
+    pub(crate) sent: Amounts,
     drops: [u64; DROPS.len()],
 }
+
+/// What went each way.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Amounts([Amount; WAYS.len()]);
 
 /// A number of packets and their bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -100,6 +130,23 @@ impl Amount {
     }
 }
 
+impl Amounts {
+    /// What went one way.
+    pub(crate) fn by(&mut self, way: Way) -> &mut Amount {
+        let [relay, direct] = &mut self.0;
+        match way {
+            Way::Relay => relay,
+            Way::Direct => direct,
+        }
+    }
+
+    /// What went any way.
+    pub(crate) fn total(&self) -> Amount {
+        let [relay, direct] = self.0;
+        Amount { packets: relay.packets + direct.packets, bytes: relay.bytes + direct.bytes }
+    }
+}
+
 impl Tally {
     /// One more packet given up.
     pub(crate) fn drop(&mut self, reason: Drop) {
@@ -118,14 +165,14 @@ impl Counters {
     /// Takes the handles; the recorder must be installed.
     pub(crate) fn new() -> Self {
         Self {
-            received: Traffic {
-                bytes: counter!(names::RECEIVE_BYTES, "path" => "derp"),
-                packets: counter!(names::RECEIVE_PACKETS, "path" => "derp"),
-            },
-            sent: Traffic {
-                bytes: counter!(names::TRANSMIT_BYTES, "path" => "derp"),
-                packets: counter!(names::TRANSMIT_PACKETS, "path" => "derp"),
-            },
+            received: WAYS.map(|(_, path)| Traffic {
+                bytes: counter!(names::RECEIVE_BYTES, "path" => path),
+                packets: counter!(names::RECEIVE_PACKETS, "path" => path),
+            }),
+            sent: WAYS.map(|(_, path)| Traffic {
+                bytes: counter!(names::TRANSMIT_BYTES, "path" => path),
+                packets: counter!(names::TRANSMIT_PACKETS, "path" => path),
+            }),
             drops: DROPS.map(|(_, direction, reason)| {
                 counter!(names::DROPPED_PACKETS, "direction" => direction, "reason" => reason)
             }),
@@ -136,8 +183,8 @@ impl Counters {
 
     /// Adds what a batch counted.
     pub(crate) fn add(&self, tally: &Tally) {
-        self.received.add(tally.received);
-        self.sent.add(tally.sent);
+        let ways = self.received.iter().zip(tally.received.0).chain(self.sent.iter().zip(tally.sent.0));
+        ways.for_each(|(traffic, amount)| traffic.add(amount));
         for (counter, count) in self.drops.iter().zip(tally.drops) {
             if count > 0 {
                 counter.increment(count);
@@ -163,6 +210,11 @@ mod tests {
     fn every_reason_stands_at_its_own_place() {
         for (index, (reason, _, _)) in DROPS.iter().enumerate() {
             assert_eq!(*reason as usize, index, "{reason:?}");
+        }
+        for (index, (way, _)) in WAYS.iter().enumerate() {
+            let mut amounts = Amounts::default();
+            amounts.by(*way).add(1);
+            assert_eq!(amounts.0[index].packets, 1, "{way:?}");
         }
     }
 }

@@ -1,17 +1,20 @@
-//! Path probes over relays: pings are answered, pongs handed on (tailnet-data 5).
+//! Path probes, over relays and over UDP: pings are answered, what else they say goes to the path of their peer
+//! (tailnet-data 5).
 
 use std::{
     net::{IpAddr, SocketAddr},
+    sync::Arc,
     time::Instant,
 };
 
+use warren_core::path::{Arrival, Via, identify};
 use warren_proto::{
     address::RELAY_MAGIC,
     disco::{self, DiscoError, Message},
-    key::random,
+    key::{NodePublic, random},
 };
 
-use super::{Plane, Pong, TxId, peers::Peer};
+use super::{Plane, TxId, peers::Peer};
 use crate::relay::link::Link;
 
 /// A sealed ping to a peer.
@@ -19,32 +22,82 @@ pub(super) fn ping(plane: &Plane, peer: &Peer, txid: TxId) -> Vec<u8> {
     seal(plane, peer, &Message::Ping { txid, node: Some(plane.node_public) })
 }
 
+/// A sealed list of where we are, to a peer.
+pub(super) fn call_me_maybe(plane: &Plane, peer: &Peer, endpoints: Vec<SocketAddr>) -> Vec<u8> {
+    seal(plane, peer, &Message::CallMeMaybe(endpoints))
+}
+
 /// Handles a probe that came from a peer through a link. Returns whether it was one of that peer's.
-pub(super) fn handle(plane: &Plane, link: &Link, peer: &Peer, packet: &[u8], now: Instant) -> bool {
+pub(super) fn handle_relayed(plane: &Plane, link: &Link, peer: &Peer, packet: &[u8], now: Instant) -> bool {
     if disco::sender(packet) != Some(peer.disco_key) {
         return false;
     }
+    let via = Via::Relay(link.region());
     match disco::open(packet, peer.disco(&plane.disco)) {
-        Ok(Message::Ping { txid, .. }) => answer(plane, link, peer, txid),
-        Ok(Message::Pong { txid, .. }) => {
-            let region = Some(link.region());
-            plane.events.pong(Pong { peer: peer.key, txid, region, received_at: now });
+        Ok(Message::Ping { txid, .. }) => {
+            if plane.feed(peer, |path| path.handle_ping(now, via, txid)) {
+                // A ping over a relay seems to come from there; the port is the region.
+                let source = SocketAddr::new(IpAddr::V4(RELAY_MAGIC), link.region().0);
+                let pong = seal(plane, peer, &Message::Pong { txid, source });
+                // A relay that takes nothing loses pongs like any packet; the peer asks again.
+                let _ = link.send(&peer.key, &pong);
+            }
         }
-        // About direct paths, or of the future.
-        Ok(Message::CallMeMaybe(_)) | Err(DiscoError::Unknown(_)) => {}
+        Ok(Message::Pong { txid, source }) => {
+            if let Some(answer) = plane.feed(peer, |path| path.handle_pong(now, via, txid, source)) {
+                plane.note_answer(peer, answer, now);
+            }
+        }
+        Ok(Message::CallMeMaybe(endpoints)) => {
+            plane.feed(peer, |path| path.handle_call_me_maybe(now, &endpoints));
+        }
+        // Of the future.
+        Err(DiscoError::Unknown(_)) => {}
         Err(DiscoError::Sealed | DiscoError::Short) => return false,
     }
     true
 }
 
-fn answer(plane: &Plane, link: &Link, peer: &Peer, txid: TxId) {
-    if peer.is_new_ping(link.region(), txid) {
-        // A ping over a relay seems to come from there; the port is the region.
-        let source = SocketAddr::new(IpAddr::V4(RELAY_MAGIC), link.region().0);
-        let pong = seal(plane, peer, &Message::Pong { txid, source });
-        // A relay that takes nothing loses pongs like any packet; the peer asks again.
-        let _ = link.send(&peer.key, &pong);
+/// Handles a probe that came over UDP. Returns whether it was a peer's.
+pub(super) fn handle_direct(plane: &Plane, from: SocketAddr, packet: &[u8], now: Instant) -> bool {
+    let peers = disco::sender(packet).map(|sender| plane.peers.by_disco(&sender)).unwrap_or_default();
+    // The box is the same for all of them.
+    let Some(first) = peers.first() else { return false };
+    match disco::open(packet, first.disco(&plane.disco)) {
+        Ok(Message::Ping { txid, node }) => answer(plane, &peers, from, txid, node, now),
+        Ok(Message::Pong { txid, source }) => {
+            for peer in &peers {
+                let via = Via::Direct(from);
+                if let Some(answer) = plane.feed(peer, |path| path.handle_pong(now, via, txid, source)) {
+                    plane.note_answer(peer, answer, now);
+                }
+            }
+            true
+        }
+        // Only a relay says from whom it is.
+        Ok(Message::CallMeMaybe(_)) => false,
+        Err(DiscoError::Unknown(_)) => true,
+        Err(DiscoError::Sealed | DiscoError::Short) => false,
     }
+}
+
+fn answer(
+    plane: &Plane,
+    peers: &[Arc<Peer>],
+    from: SocketAddr,
+    txid: TxId,
+    named: Option<NodePublic>,
+    now: Instant,
+) -> bool {
+    let keys: Vec<NodePublic> = peers.iter().map(|peer| peer.key).collect();
+    let sender = identify(&keys, Arrival::Direct, named);
+    let Some(peer) = peers.iter().find(|peer| Some(peer.key) == sender) else { return false };
+    if plane.feed(peer, |path| path.handle_ping(now, Via::Direct(from), txid)) {
+        let pong = seal(plane, peer, &Message::Pong { txid, source: from });
+        // What is lost is asked again.
+        let _ = plane.send_directly(from, &pong);
+    }
+    true
 }
 
 fn seal(plane: &Plane, peer: &Peer, message: &Message) -> Vec<u8> {

@@ -1,39 +1,41 @@
-//! From a link to the TUN: opens what one read brought, packet by packet under one lock for each run from
-//! one peer, answers what is answered inside the tunnel, and writes the rest as one batch.
+//! From a link or a socket to the TUN: opens what one read brought, packet by packet under one lock for each run
+//! from one peer, answers what is answered inside the tunnel, and writes the rest as one batch.
 
-use std::{ops::Range, sync::Arc, time::Instant};
+use std::{net::SocketAddr, ops::Range, sync::Arc, time::Instant};
 
-use warren_proto::{disco::is_probe, key::NodePublic};
+use warren_proto::{disco::is_probe, key::NodePublic, stun};
 
 use super::{
-    Plane,
-    counters::{Drop, Tally},
+    Plane, StunAnswer,
+    counters::{Drop, Tally, Way},
+    direct::Kind,
     disco,
     inner::{self, Content, Header},
+    paths::Origin,
     peers::{Peer, Settings},
 };
 use crate::{
     packet_io::{batch::Coalescer, batch::MAX_FRAME, tun::Tun},
-    relay::{
-        frames::Packet,
-        link::Link,
-        queue::{Frames, Full},
-    },
+    relay::{frames::Packet, link::Link},
+    udp::{Received, Runs},
     wireguard::{Engine, OVERHEAD, Opened, Sealed, Session, open_room, padded, seal_room},
 };
 
-/// Opened packets of one batch. A read brings at most 128 KiB; a batch that is larger is written in two.
+/// Opened packets of one batch. A read brings at most 128 KiB from a link; a batch that is larger, as those of a
+/// socket may be, is written in parts.
 const BUFFER: usize = 256 * 1024;
 
 const _: () = assert!(BUFFER >= 2 * seal_room(MAX_FRAME));
 
-/// The receiving side of one link; keeps its memory from batch to batch.
+/// The receiving side of one link or socket; keeps its memory from batch to batch.
 pub(crate) struct Inbound {
     packets: Vec<Packet>,
     buffer: Vec<u8>,
     filled: usize,
     opened: Vec<Range<usize>>,
     coalescer: Coalescer,
+    /// What is answered over UDP; sent when no lock is held.
+    answers: Runs,
 }
 
 impl Default for Inbound {
@@ -44,6 +46,7 @@ impl Default for Inbound {
             filled: 0,
             opened: Vec::new(),
             coalescer: Coalescer::default(),
+            answers: Runs::default(),
         }
     }
 }
@@ -51,10 +54,23 @@ impl Default for Inbound {
 /// What handling one batch needs besides the buffers.
 struct Batch<'a> {
     plane: &'a Plane,
-    link: &'a Link,
     tun: Option<Arc<Tun>>,
     now: Instant,
     tally: Tally,
+}
+
+impl<'a> Batch<'a> {
+    fn new(plane: &'a Plane, now: Instant) -> Self {
+        Self { plane, tun: plane.tun.load_full(), now, tally: Tally::default() }
+    }
+}
+
+/// Whom a run is from, and by which way.
+#[derive(Clone, Copy)]
+struct Sender<'a> {
+    peer: &'a Peer,
+    settings: &'a Settings,
+    origin: Origin<'a>,
 }
 
 impl Inbound {
@@ -63,97 +79,146 @@ impl Inbound {
         self.packets.push(packet);
     }
 
-    /// Handles the batch; `bytes` is what its packets refer to.
+    /// Handles the batch of a link; `bytes` is what its packets refer to.
     pub(crate) fn receive(&mut self, plane: &Plane, link: &Link, bytes: &[u8], now: Instant) {
         if self.packets.is_empty() {
             return;
         }
-        let mut batch = Batch { plane, link, tun: plane.tun.load_full(), now, tally: Tally::default() };
+        let mut batch = Batch::new(plane, now);
         let packets = std::mem::take(&mut self.packets);
         let mut rest = packets.as_slice();
         while let Some((source, _)) = rest.first().and_then(|first| first.of(bytes)) {
             let is_same = |packet: &&Packet| packet.of(bytes).is_some_and(|(key, _)| key == source);
             let (run, later) = rest.split_at(rest.iter().take_while(is_same).count());
-            self.receive_run(
-                &mut batch,
-                NodePublic(*source),
-                run.iter().filter_map(|packet| packet.of(bytes)),
-            );
+            let run = run.iter().filter_map(|packet| packet.of(bytes)).map(|(_, packet)| packet);
+            self.receive_relayed(&mut batch, link, NodePublic(*source), run);
             rest = later;
         }
         self.packets = packets;
         self.packets.clear();
-        self.flush(&mut batch);
-        plane.counters.add(&batch.tally);
+        self.finish(batch);
+    }
+
+    /// Handles the batch of a socket.
+    pub(crate) fn receive_direct(&mut self, plane: &Plane, received: &Received, now: Instant) {
+        let mut batch = Batch::new(plane, now);
+        for (from, datagrams) in received.by_source() {
+            self.receive_from(&mut batch, from, datagrams);
+        }
+        self.finish(batch);
+    }
+
+    fn receive_relayed<'a>(
+        &mut self,
+        batch: &mut Batch<'_>,
+        link: &Link,
+        source: NodePublic,
+        run: impl Iterator<Item = &'a [u8]> + Clone,
+    ) {
+        let Some(peer) = batch.plane.peers.by_key(&source) else {
+            return batch.tally.drop_many(Drop::UnknownPeer, run.count() as u64);
+        };
+        peer.learn_region(link.region());
+        for probe in run.clone().filter(|packet| is_probe(packet)) {
+            if !disco::handle_relayed(batch.plane, link, &peer, probe, batch.now) {
+                batch.tally.drop(Drop::Disco);
+            }
+        }
+        self.receive_run(batch, &peer, Origin::Relay(link), run.filter(|packet| !is_probe(packet)));
+    }
+
+    fn receive_from<'a>(
+        &mut self,
+        batch: &mut Batch<'_>,
+        from: SocketAddr,
+        datagrams: impl Iterator<Item = &'a [u8]> + Clone,
+    ) {
+        let mut encrypted = 0;
+        for datagram in datagrams.clone() {
+            match Kind::of(datagram) {
+                Kind::WireGuard => encrypted += 1,
+                Kind::Probe if disco::handle_direct(batch.plane, from, datagram, batch.now) => {}
+                Kind::Probe => batch.tally.drop(Drop::Disco),
+                Kind::Stun => hear_stun(batch, from, datagram),
+            }
+        }
+        if encrypted == 0 {
+            return;
+        }
+        let Some(peer) = batch.plane.peers.by_source(&from) else {
+            return batch.tally.drop_many(Drop::UnknownSource, encrypted);
+        };
+        let run = datagrams.filter(|datagram| Kind::of(datagram) == Kind::WireGuard);
+        self.receive_run(batch, &peer, Origin::Direct(from), run);
     }
 
     fn receive_run<'a>(
         &mut self,
         batch: &mut Batch<'_>,
-        source: NodePublic,
-        run: impl Iterator<Item = (&'a [u8; 32], &'a [u8])>,
+        peer: &Peer,
+        origin: Origin<'_>,
+        run: impl Iterator<Item = &'a [u8]>,
     ) {
-        let Some(peer) = batch.plane.peers.by_key(&source) else {
-            return batch.tally.drop_many(Drop::UnknownPeer, run.count() as u64);
-        };
-        peer.learn_region(batch.link.region());
         let settings = peer.settings();
-        let (received, sent) = (batch.tally.received, batch.tally.sent);
+        let sender = Sender { peer, settings: &settings, origin };
+        let (received, sent) = (batch.tally.received.total(), batch.tally.sent.total());
+        let (mut session, mut is_authentic) = (Session::Unchanged, false);
         let mut engine = peer.engine();
-        let mut session = Session::Unchanged;
-        for (_, packet) in run {
-            if is_probe(packet) {
-                if !disco::handle(batch.plane, batch.link, &peer, packet, batch.now) {
-                    batch.tally.drop(Drop::Disco);
-                }
-            } else if self.open(batch, &peer, &settings, &mut **engine, packet) == Session::New {
+        for datagram in run {
+            let Some(now) = self.open(batch, sender, &mut **engine, datagram) else { continue };
+            is_authentic = true;
+            if now == Session::New {
                 session = Session::New;
             }
         }
         if session == Session::New {
-            self.drain(batch, &peer, &mut **engine);
+            self.drain(batch, sender, &mut **engine);
         }
         drop(engine);
-        peer.count(batch.tally.received.since(received), batch.tally.sent.since(sent));
+        peer.count(batch.tally.received.total().since(received), batch.tally.sent.total().since(sent));
+        if is_authentic {
+            batch.plane.feed(peer, |path| path.handle_received(batch.now, origin.via()));
+        }
         if session == Session::New {
             batch.plane.counters.handshakes_completed.increment(1);
             batch.plane.events.handshake(peer.key);
         }
     }
 
+    /// Opens one datagram; `None` where it is not authentic.
     fn open(
         &mut self,
         batch: &mut Batch<'_>,
-        peer: &Peer,
-        settings: &Settings,
+        sender: Sender<'_>,
         engine: &mut dyn Engine,
         datagram: &[u8],
-    ) -> Session {
+    ) -> Option<Session> {
         let start = self.room(batch, open_room(datagram.len()));
         let Some(out) = self.buffer.get_mut(start..start + open_room(datagram.len())) else {
             batch.tally.drop(Drop::Refused);
-            return Session::Unchanged;
+            return None;
         };
         match engine.open(batch.now, datagram, out) {
             Opened::Packet { len, session } => {
-                batch.tally.received.add(len);
-                self.deliver(batch, peer, settings, engine, start..start + len);
-                session
+                batch.tally.received.by(sender.origin.way()).add(len);
+                self.deliver(batch, sender, engine, start..start + len);
+                Some(session)
             }
             Opened::Answer { len, session } => {
-                if let Some(answer) = out.get(..len) {
-                    count_unsent(batch.link.send(&peer.key, answer), &mut batch.tally);
+                let message = self.buffer.get(start..start + len).unwrap_or_default();
+                if let Err(reason) = answer(&mut self.answers, batch, sender, message) {
+                    batch.tally.drop(reason);
                 }
-                session
+                Some(session)
             }
-            Opened::Nothing { session } => session,
+            Opened::Nothing { session } => Some(session),
             Opened::Malformed { session } => {
                 batch.tally.drop(Drop::Inner);
-                session
+                Some(session)
             }
             Opened::Refused => {
                 batch.tally.drop(Drop::Refused);
-                Session::Unchanged
+                None
             }
         }
     }
@@ -170,14 +235,13 @@ impl Inbound {
     fn deliver(
         &mut self,
         batch: &mut Batch<'_>,
-        peer: &Peer,
-        settings: &Settings,
+        sender: Sender<'_>,
         engine: &mut dyn Engine,
         range: Range<usize>,
     ) {
         let Some(bytes) = self.buffer.get(range.clone()) else { return };
         let Some(header) = Header::of(bytes) else { return batch.tally.drop(Drop::Source) };
-        if !settings.addresses.contains(&header.source) {
+        if !sender.settings.addresses.contains(&header.source) {
             return batch.tally.drop(Drop::Source);
         }
         if header.destination != batch.plane.address {
@@ -193,7 +257,7 @@ impl Inbound {
             Content::Icmpv6 | Content::Other => None,
         };
         match answer {
-            Some(answer) => seal(batch, peer, engine, &answer),
+            Some(answer) => self.seal(batch, sender, engine, answer),
             None if batch.tun.is_none() => batch.tally.drop(Drop::NoDevice),
             None => {
                 self.filled = range.end;
@@ -202,18 +266,43 @@ impl Inbound {
         }
     }
 
+    /// Seals an answer made here.
+    fn seal(
+        &mut self,
+        batch: &mut Batch<'_>,
+        sender: Sender<'_>,
+        engine: &mut dyn Engine,
+        mut packet: Vec<u8>,
+    ) {
+        let len = packet.len();
+        packet.resize(padded(len), 0);
+        let mut sealed = vec![0; seal_room(len)];
+        let (message, is_data) = match engine.seal(batch.now, &packet, &mut sealed) {
+            Sealed::Data(sealed) => (sealed, true),
+            Sealed::Handshake(sealed) => (sealed, false),
+            Sealed::Waiting => return,
+            Sealed::Refused => return batch.tally.drop(Drop::Unsealed),
+        };
+        let message = sealed.get(..message).unwrap_or_default();
+        match answer(&mut self.answers, batch, sender, message) {
+            Ok(way) if is_data => batch.tally.sent.by(way).add(len),
+            Ok(_) => {}
+            Err(reason) => batch.tally.drop(reason),
+        }
+    }
+
     /// Sends the packets that waited for a session. They count with their padding: the engine has forgotten how
     /// long they were.
-    fn drain(&mut self, batch: &mut Batch<'_>, peer: &Peer, engine: &mut dyn Engine) {
+    fn drain(&mut self, batch: &mut Batch<'_>, sender: Sender<'_>, engine: &mut dyn Engine) {
         let room = seal_room(MAX_FRAME);
         let start = self.room(batch, room);
         while let Some(out) = self.buffer.get_mut(start..start + room)
             && let Some(len) = engine.drain(batch.now, out)
         {
-            let Some(packet) = out.get(..len) else { continue };
-            match batch.link.send(&peer.key, packet) {
-                Ok(()) => batch.tally.sent.add(len.saturating_sub(OVERHEAD)),
-                Err(Full) => batch.tally.drop(Drop::QueueFull),
+            let message = out.get(..len).unwrap_or_default();
+            match answer(&mut self.answers, batch, sender, message) {
+                Ok(way) => batch.tally.sent.by(way).add(len.saturating_sub(OVERHEAD)),
+                Err(reason) => batch.tally.drop(reason),
             }
         }
     }
@@ -226,35 +315,48 @@ impl Inbound {
         self.opened.clear();
         self.filled = 0;
     }
-}
 
-/// Seals an answer made here.
-fn seal(batch: &mut Batch<'_>, peer: &Peer, engine: &mut dyn Engine, packet: &[u8]) {
-    let mut packet = packet.to_vec();
-    let len = packet.len();
-    packet.resize(padded(len), 0);
-    let mut frames = batch.link.outgoing().lock();
-    let sealed = frames.room(seal_room(len)).map(|room| engine.seal(batch.now, &packet, room));
-    commit(&mut frames, peer, sealed, len, &mut batch.tally);
-    drop(frames);
-    batch.link.wake();
-}
-
-fn commit(frames: &mut Frames, peer: &Peer, sealed: Result<Sealed, Full>, len: usize, tally: &mut Tally) {
-    match sealed {
-        Ok(Sealed::Data(sealed)) => {
-            frames.commit(&peer.key, sealed);
-            tally.sent.add(len);
+    fn finish(&mut self, mut batch: Batch<'_>) {
+        self.flush(&mut batch);
+        let Batch { plane, mut tally, .. } = batch;
+        if !self.answers.is_empty() {
+            match &*plane.udp.load() {
+                Some(sockets) => {
+                    self.answers.send_now(sockets, |to, why, count| plane.lose(&mut tally, to, why, count));
+                }
+                None => tally.drop_many(Drop::QueueFull, self.answers.clear()),
+            }
         }
-        Ok(Sealed::Handshake(sealed)) => frames.commit(&peer.key, sealed),
-        Ok(Sealed::Waiting) => {}
-        Ok(Sealed::Refused) => tally.drop(Drop::Unsealed),
-        Err(Full) => tally.drop(Drop::QueueFull),
+        plane.counters.add(&tally);
     }
 }
 
-fn count_unsent(outcome: Result<(), Full>, tally: &mut Tally) {
-    if outcome == Err(Full) {
-        tally.drop(Drop::QueueFull);
+/// Sends a sealed message back, over the way that the peer's path names; through a relay by the link it came by.
+fn answer(answers: &mut Runs, batch: &Batch<'_>, sender: Sender<'_>, message: &[u8]) -> Result<Way, Drop> {
+    let Sender { peer, origin, .. } = sender;
+    // The engine is locked: what follows from this for the path is done after the run.
+    let route = peer.ways().path.route(batch.now);
+    let relayed = route.relay.then(|| {
+        let sent = match origin {
+            Origin::Relay(link) => link.send(&peer.key, message),
+            Origin::Direct(_) => batch.plane.edge(peer).ok_or(Drop::NoLink)?.send(&peer.key, message),
+        };
+        sent.map_err(|_| Drop::QueueFull)
+    });
+    let direct = route.direct.map(|to| answers.push(to, message).map_err(|_| Drop::QueueFull));
+    match (direct, relayed) {
+        (Some(Ok(())), _) => Ok(Way::Direct),
+        (_, Some(relayed)) => relayed.map(|()| Way::Relay),
+        (Some(Err(reason)), None) => Err(reason),
+        (None, None) => Err(Drop::NoLink),
+    }
+}
+
+fn hear_stun(batch: &mut Batch<'_>, from: SocketAddr, datagram: &[u8]) {
+    match stun::Response::decode(datagram) {
+        Ok(stun::Response { txid, address }) => {
+            batch.plane.events.stun(StunAnswer { from, txid, address, received_at: batch.now });
+        }
+        Err(_) => batch.tally.drop(Drop::Stun),
     }
 }

@@ -1,11 +1,12 @@
-//! The peers of the data plane: one engine each behind one lock, and the tables that find them.
+//! The peers of the data plane: one engine and one path each, behind a lock of its own, and the tables that find
+//! them. Where both locks are held, the engine's was taken first.
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::Ipv6Addr,
+    net::{Ipv6Addr, SocketAddr},
     ops::Deref,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering},
     },
     time::Instant,
@@ -15,15 +16,19 @@ use arc_swap::ArcSwap;
 use dashmap::DashMap;
 use warren_core::{
     coordination::{self, NetworkMap},
+    path::{Direct, Path, ReceiveMap},
     relay_map::RegionId,
 };
 use warren_proto::key::{BoxShared, DiscoPrivate, DiscoPublic, NodePublic};
 
-use super::{PeerStats, TxId, counters::Amount};
+use super::{PeerStats, counters::Amount};
 use crate::wireguard::{Engine, Engines, Keepalive};
 
 /// The peers by address: what a packet from the TUN asks.
 pub(crate) type Routes = HashMap<Ipv6Addr, Arc<Peer>>;
+
+/// With the session number that completes it, a receiver index would stand where STUN has its magic cookie.
+const LOOKS_LIKE_STUN: u32 = 0x42_a412;
 
 /// One peer. Its engine lives as long as both of its keys stay.
 pub(crate) struct Peer {
@@ -33,6 +38,7 @@ pub(crate) struct Peer {
     pub(crate) disco_key: DiscoPublic,
     index: u32,
     engine: Mutex<Box<dyn Engine>>,
+    ways: Mutex<Ways>,
     settings: ArcSwap<Settings>,
     disco: OnceLock<BoxShared>,
     /// The region it was heard from last; 0 for none.
@@ -41,7 +47,14 @@ pub(crate) struct Peer {
     cold: AtomicBool,
     received_bytes: AtomicU64,
     sent_bytes: AtomicU64,
-    last_ping: Mutex<Option<(RegionId, TxId)>>,
+}
+
+/// The ways to a peer, and when their time comes.
+#[derive(Debug, Default)]
+pub(crate) struct Ways {
+    pub(crate) path: Path,
+    /// For when the timers have it; `None` while they do not.
+    pub(super) due: Option<Instant>,
 }
 
 /// What may change while the sessions stay.
@@ -53,10 +66,22 @@ pub(crate) struct Settings {
     pub(crate) addresses: Vec<Ipv6Addr>,
     /// Whether its tunnel is kept warm.
     pub(crate) keepalive: Keepalive,
+    /// Where it says that it is reached over UDP.
+    endpoints: Vec<SocketAddr>,
+    /// Whether it said that it knows us.
+    is_ready: bool,
+}
+
+/// What every path has to know about ourselves.
+#[derive(Debug, Default)]
+struct Surroundings {
+    policy: Direct,
+    /// Our endpoints, and when they were collected.
+    own: Option<(Instant, Vec<SocketAddr>)>,
 }
 
 impl Peer {
-    fn new(peer: &coordination::Peer, index: u32, mut engine: Box<dyn Engine>) -> Self {
+    fn new(peer: &coordination::Peer, index: u32, mut engine: Box<dyn Engine>, path: Path) -> Self {
         let settings = Settings::of(peer);
         engine.set_keepalive(settings.keepalive);
         Self {
@@ -64,19 +89,24 @@ impl Peer {
             disco_key: peer.disco_key,
             index,
             engine: Mutex::new(engine),
+            ways: Mutex::new(Ways { path, due: None }),
             settings: ArcSwap::from_pointee(settings),
             disco: OnceLock::new(),
             learned: AtomicU16::new(0),
             cold: AtomicBool::new(false),
             received_bytes: AtomicU64::new(0),
             sent_bytes: AtomicU64::new(0),
-            last_ping: Mutex::new(None),
         }
     }
 
     /// The engine; never held across an await or a system call.
     pub(crate) fn engine(&self) -> MutexGuard<'_, Box<dyn Engine>> {
         self.engine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The ways to it; never held across an await or a system call.
+    pub(super) fn ways(&self) -> MutexGuard<'_, Ways> {
+        self.ways.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where it listens, what is its own.
@@ -124,12 +154,6 @@ impl Peer {
         }
     }
 
-    /// Whether a ping was not answered yet; the same one may arrive twice.
-    pub(crate) fn is_new_ping(&self, region: RegionId, txid: TxId) -> bool {
-        let mut last = self.last_ping.lock().unwrap_or_else(PoisonError::into_inner);
-        last.replace((region, txid)) != Some((region, txid))
-    }
-
     /// What there is to say about it.
     pub(crate) fn stats(&self) -> PeerStats {
         PeerStats {
@@ -143,7 +167,27 @@ impl Peer {
 impl Settings {
     fn of(peer: &coordination::Peer) -> Self {
         let keepalive = if peer.keepalive { Keepalive::On } else { Keepalive::Off };
-        Self { home: peer.home, addresses: peer.addresses.clone(), keepalive }
+        Self {
+            home: peer.home,
+            addresses: peer.addresses.clone(),
+            keepalive,
+            endpoints: peer.endpoints.clone(),
+            is_ready: peer.ready,
+        }
+    }
+}
+
+impl Surroundings {
+    /// Who is programmed may be probed: the time for READY is over.
+    fn path_to(&self, now: Instant, peer: &coordination::Peer) -> Path {
+        let mut path = Path::new();
+        path.set_policy(now, self.policy);
+        if let Some((collected_at, own)) = &self.own {
+            path.handle_own_endpoints(*collected_at, own);
+        }
+        path.handle_node(now, &peer.endpoints);
+        path.handle_ready(now);
+        path
     }
 }
 
@@ -151,18 +195,26 @@ impl Settings {
 pub(crate) struct Peers {
     by_key: DashMap<NodePublic, Arc<Peer>>,
     by_index: DashMap<u32, Arc<Peer>>,
+    by_disco: DashMap<DiscoPublic, Vec<Arc<Peer>>>,
+    /// From where WireGuard over UDP is taken.
+    sources: RwLock<ReceiveMap>,
+    /// Who was asked last at an address, whether or not it is there.
+    asked: Mutex<ReceiveMap>,
     routes: ArcSwap<Routes>,
-    writer: Mutex<()>,
+    writer: Mutex<Surroundings>,
 }
 
 impl Peers {
     /// Nobody.
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(policy: Direct) -> Self {
         Self {
             by_key: DashMap::new(),
             by_index: DashMap::new(),
+            by_disco: DashMap::new(),
+            sources: RwLock::default(),
+            asked: Mutex::default(),
             routes: ArcSwap::from_pointee(Routes::new()),
-            writer: Mutex::new(()),
+            writer: Mutex::new(Surroundings { policy, own: None }),
         }
     }
 
@@ -171,10 +223,56 @@ impl Peers {
         self.by_key.get(key).map(|peer| Arc::clone(&peer))
     }
 
-    /// The peer whose sessions have this receiver index; direct paths will ask.
-    #[cfg(test)]
-    pub(crate) fn by_receiver_index(&self, index: u32) -> Option<Arc<Peer>> {
-        self.by_index.get(&(index >> 8)).map(|peer| Arc::clone(&peer))
+    /// The peers with this disco key; almost always one.
+    pub(super) fn by_disco(&self, key: &DiscoPublic) -> Vec<Arc<Peer>> {
+        self.by_disco.get(key).map(|peers| peers.clone()).unwrap_or_default()
+    }
+
+    /// The peer that is known to send from an address.
+    pub(super) fn by_source(&self, from: &SocketAddr) -> Option<Arc<Peer>> {
+        let key = self.sources.read().unwrap_or_else(PoisonError::into_inner).get(from).copied();
+        self.by_key(&key?)
+    }
+
+    /// The peer that is at an address, or was last asked there.
+    pub(super) fn by_destination(&self, to: &SocketAddr) -> Option<Arc<Peer>> {
+        self.by_source(to).or_else(|| {
+            let key = lock(&self.asked).get(to).copied();
+            self.by_key(&key?)
+        })
+    }
+
+    /// A peer sends from this address.
+    pub(super) fn add_source(&self, from: SocketAddr, peer: &NodePublic) {
+        let mut sources = self.sources.write().unwrap_or_else(PoisonError::into_inner);
+        if !sources.insert(from, *peer) {
+            tracing::warn!("the table of peers' addresses is full: a peer stays relayed");
+        }
+    }
+
+    /// A peer does not send from this address any more.
+    pub(super) fn remove_source(&self, from: &SocketAddr, peer: &NodePublic) {
+        self.sources.write().unwrap_or_else(PoisonError::into_inner).remove(from, peer);
+        lock(&self.asked).remove(from, peer);
+    }
+
+    /// A peer is asked whether it is at this address.
+    pub(super) fn note_asked(&self, to: SocketAddr, peer: &NodePublic) {
+        let _ = lock(&self.asked).insert(to, *peer);
+    }
+
+    /// Whether direct paths may be used. What follows for the paths is to be carried out.
+    pub(super) fn set_policy(&self, now: Instant, policy: Direct) {
+        let mut surroundings = lock(&self.writer);
+        surroundings.policy = policy;
+        self.all().iter().for_each(|peer| peer.ways().path.set_policy(now, policy));
+    }
+
+    /// Our endpoints, collected just now. What follows for the paths is to be carried out.
+    pub(super) fn set_own_endpoints(&self, now: Instant, own: Vec<SocketAddr>) {
+        let mut surroundings = lock(&self.writer);
+        self.all().iter().for_each(|peer| peer.ways().path.handle_own_endpoints(now, &own));
+        surroundings.own = Some((now, own));
     }
 
     /// The present routes.
@@ -196,7 +294,7 @@ impl Peers {
         engines: &Engines,
         now: Instant,
     ) -> Vec<Arc<Peer>> {
-        let _writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let surroundings = lock(&self.writer);
         let map = &*latest();
         let wanted: BTreeMap<NodePublic, &coordination::Peer> =
             map.peers.values().map(|peer| (peer.node_key, peer)).collect();
@@ -205,44 +303,68 @@ impl Peers {
         };
         let removed: Vec<Arc<Peer>> =
             self.by_key.iter().filter(|it| gone(it.key(), it.value())).map(|it| Arc::clone(&it)).collect();
-        for peer in removed {
-            self.by_key.remove(&peer.key);
-            self.by_index.remove(&peer.index);
-        }
-        let cold = wanted.values().filter_map(|peer| self.set_one(peer, engines, now)).collect();
+        removed.iter().for_each(|peer| self.remove(peer));
+        let cold =
+            wanted.values().filter_map(|peer| self.set_one(&surroundings, peer, engines, now)).collect();
         self.routes.store(Arc::new(self.make_routes(map)));
         cold
     }
 
-    fn set_one(&self, wanted: &coordination::Peer, engines: &Engines, now: Instant) -> Option<Arc<Peer>> {
+    fn set_one(
+        &self,
+        surroundings: &Surroundings,
+        wanted: &coordination::Peer,
+        engines: &Engines,
+        now: Instant,
+    ) -> Option<Arc<Peer>> {
         let settings = Settings::of(wanted);
         let Some(peer) = self.by_key(&wanted.node_key) else {
-            let peer = self.insert(wanted, engines, now);
+            let peer = self.insert(wanted, engines, surroundings.path_to(now, wanted), now);
             return (settings.keepalive == Keepalive::On).then_some(peer);
         };
         if **peer.settings() == settings {
             return None;
         }
-        let was = peer.settings().keepalive;
+        let was = Settings::clone(&peer.settings());
         peer.engine().set_keepalive(settings.keepalive);
-        let is_turned_on = was == Keepalive::Off && settings.keepalive == Keepalive::On;
+        if was.endpoints != settings.endpoints {
+            peer.ways().path.handle_node(now, &settings.endpoints);
+        }
+        let (is_warm, is_ready) = (settings.keepalive == Keepalive::On, !was.is_ready && settings.is_ready);
+        if is_ready {
+            peer.ways().path.handle_ready(now);
+        }
         peer.settings.store(Arc::new(settings));
-        is_turned_on.then_some(peer)
+        // Who knows us only now did not understand the handshake that was sent before.
+        let is_cold = was.keepalive == Keepalive::Off || is_ready && !peer.engine().has_session();
+        (is_warm && is_cold).then_some(peer)
     }
 
-    fn insert(&self, wanted: &coordination::Peer, engines: &Engines, now: Instant) -> Arc<Peer> {
+    fn insert(&self, wanted: &coordination::Peer, engines: &Engines, path: Path, now: Instant) -> Arc<Peer> {
         let index = self.free_index();
-        let peer = Arc::new(Peer::new(wanted, index, engines.engine(&wanted.node_key, index, now)));
+        let peer = Arc::new(Peer::new(wanted, index, engines.engine(&wanted.node_key, index, now), path));
         self.by_index.insert(index, Arc::clone(&peer));
+        self.by_disco.entry(wanted.disco_key).or_default().push(Arc::clone(&peer));
         self.by_key.insert(wanted.node_key, Arc::clone(&peer));
         peer
+    }
+
+    fn remove(&self, peer: &Arc<Peer>) {
+        self.by_key.remove(&peer.key);
+        self.by_index.remove(&peer.index);
+        if let Some(mut sharing) = self.by_disco.get_mut(&peer.disco_key) {
+            sharing.retain(|other| !Arc::ptr_eq(other, peer));
+        }
+        self.by_disco.remove_if(&peer.disco_key, |_, sharing| sharing.is_empty());
+        self.sources.write().unwrap_or_else(PoisonError::into_inner).forget(&peer.key);
+        lock(&self.asked).forget(&peer.key);
     }
 
     fn free_index(&self) -> u32 {
         loop {
             // 24 bits: the engine puts its session number below them.
             let index = rand::random::<u32>() >> 8;
-            if !self.by_index.contains_key(&index) {
+            if index != LOOKS_LIKE_STUN && !self.by_index.contains_key(&index) {
                 return index;
             }
         }
@@ -260,6 +382,10 @@ impl Peers {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 #[cfg(test)]
 mod tests {
     use uuid::Uuid;
@@ -269,7 +395,7 @@ mod tests {
 
     #[test]
     fn a_peer_keeps_its_engine_when_only_home_addresses_or_keepalive_change() {
-        let (peers, engines) = (Peers::new(), engines());
+        let (peers, engines) = (Peers::new(Direct::Blocked), engines());
         let mut map = network(1);
         peers.set(|| &map, &engines, Instant::now());
         let before = peers.by_key(&key(0)).unwrap();
@@ -286,7 +412,7 @@ mod tests {
 
     #[test]
     fn another_disco_or_node_key_makes_another_peer() {
-        let (peers, engines) = (Peers::new(), engines());
+        let (peers, engines) = (Peers::new(Direct::Blocked), engines());
         let mut map = network(1);
         peers.set(|| &map, &engines, Instant::now());
         let before = peers.by_key(&key(0)).unwrap();
@@ -302,7 +428,7 @@ mod tests {
 
     #[test]
     fn a_peer_is_warmed_up_when_it_comes_or_becomes_ready() {
-        let (peers, engines) = (Peers::new(), engines());
+        let (peers, engines) = (Peers::new(Direct::Blocked), engines());
         let mut map = network(2);
         map.peers.get_mut(&Uuid::from_u128(1)).unwrap().keepalive = false;
         let keys = |peers: Vec<Arc<Peer>>| peers.iter().map(|peer| peer.key).collect::<Vec<_>>();
@@ -314,21 +440,25 @@ mod tests {
 
     #[test]
     fn a_removed_peer_leaves_every_table() {
-        let (peers, engines) = (Peers::new(), engines());
+        let (peers, engines) = (Peers::new(Direct::Blocked), engines());
         let map = network(3);
         peers.set(|| &map, &engines, Instant::now());
-        let index = peers.by_key(&key(2)).unwrap().index;
-        assert!(peers.by_receiver_index(index << 8 | 5).is_some());
+        let from = "192.0.2.1:1".parse().unwrap();
+        peers.add_source(from, &key(2));
+        peers.note_asked(from, &key(2));
+        assert_eq!(peers.by_source(&from).unwrap().key, key(2));
         let map = network(2);
         peers.set(|| &map, &engines, Instant::now());
         assert!(peers.by_key(&key(2)).is_none());
-        assert!(peers.by_receiver_index(index << 8).is_none());
+        assert!(peers.by_disco(&DiscoPublic([3; 32])).is_empty());
+        assert!(peers.by_source(&from).is_none() && peers.by_destination(&from).is_none());
+        assert_eq!(peers.by_index.len(), 2);
         assert_eq!(peers.routes().len(), 2);
     }
 
     #[test]
     fn the_first_peer_that_claims_an_address_has_it() {
-        let (peers, engines) = (Peers::new(), engines());
+        let (peers, engines) = (Peers::new(Direct::Blocked), engines());
         let mut map = network(2);
         map.peers.get_mut(&Uuid::from_u128(1)).unwrap().addresses = vec![address(0)];
         peers.set(|| &map, &engines, Instant::now());
@@ -337,7 +467,7 @@ mod tests {
 
     #[test]
     fn the_map_is_read_by_the_one_writer_and_not_before_its_turn() {
-        let (peers, engines, map) = (Peers::new(), engines(), network(1));
+        let (peers, engines, map) = (Peers::new(Direct::Blocked), engines(), network(1));
         let latest = || {
             assert!(peers.writer.try_lock().is_err());
             &map
@@ -346,15 +476,27 @@ mod tests {
     }
 
     #[test]
-    fn a_repeated_ping_is_answered_once() {
-        let (peers, engines) = (Peers::new(), engines());
-        let map = network(1);
+    fn a_handshake_that_was_sent_before_the_peer_knew_us_is_repeated_once_it_does() {
+        let (peers, engines) = (Peers::new(Direct::Blocked), engines());
+        let mut map = network(1);
+        map.peers.get_mut(&Uuid::from_u128(0)).unwrap().ready = false;
+        assert_eq!(peers.set(|| &map, &engines, Instant::now()).len(), 1);
+        map.peers.get_mut(&Uuid::from_u128(0)).unwrap().ready = true;
+        assert_eq!(peers.set(|| &map, &engines, Instant::now()).len(), 1);
+        assert!(peers.set(|| &map, &engines, Instant::now()).is_empty());
+    }
+
+    #[test]
+    fn peers_that_share_a_disco_key_are_found_by_it_and_leave_one_by_one() {
+        let (peers, engines) = (Peers::new(Direct::Blocked), engines());
+        let mut map = network(2);
+        map.peers.get_mut(&Uuid::from_u128(1)).unwrap().disco_key = DiscoPublic([1; 32]);
         peers.set(|| &map, &engines, Instant::now());
-        let peer = peers.by_key(&key(0)).unwrap();
-        assert!(peer.is_new_ping(RegionId(1), [1; 12]));
-        assert!(!peer.is_new_ping(RegionId(1), [1; 12]));
-        assert!(peer.is_new_ping(RegionId(2), [1; 12]));
-        assert!(peer.is_new_ping(RegionId(2), [2; 12]));
+        assert_eq!(peers.by_disco(&DiscoPublic([1; 32])).len(), 2);
+        map.peers.remove(&Uuid::from_u128(0));
+        peers.set(|| &map, &engines, Instant::now());
+        let left: Vec<NodePublic> = peers.by_disco(&DiscoPublic([1; 32])).iter().map(|it| it.key).collect();
+        assert_eq!(left, [key(1)]);
     }
 
     fn engines() -> Engines {

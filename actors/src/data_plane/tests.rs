@@ -1,6 +1,10 @@
 //! Two data planes and a small relay between them, in one process.
 
-use std::{os::unix::net::UnixDatagram as StdUnixDatagram, sync::atomic::AtomicUsize};
+use std::{
+    net::{Ipv4Addr, UdpSocket as StdUdpSocket},
+    os::unix::net::UnixDatagram as StdUnixDatagram,
+    sync::atomic::AtomicUsize,
+};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -10,7 +14,7 @@ use tokio::{
 };
 use uuid::Uuid;
 use warren_core::{coordination, relay_map::Node};
-use warren_proto::key::random;
+use warren_proto::{key::random, stun::Response};
 
 use super::*;
 use crate::{dial::DialOptions, facts::RelayLink, relay::upgrade::Upgrades};
@@ -366,6 +370,291 @@ async fn a_stopped_data_plane_has_closed_its_links_and_its_device() {
     .unwrap();
 }
 
+#[tokio::test]
+async fn two_peers_without_any_relay_become_direct_and_talk_both_ways() {
+    let world = World::new().await;
+    let (mut a, mut b) = (world.direct_side(1), world.direct_side(2));
+    a.plane.set_peers(&direct_network(&[&b]));
+    b.plane.set_peers(&direct_network(&[&a]));
+    assert_eq!(a.hear_direct().await, b.endpoint());
+    assert_eq!(b.hear_direct().await, a.endpoint());
+    for len in [100, 1280] {
+        a.device.send(&packet(&a, &b, len)).await.unwrap();
+        assert_eq!(b.read_packet().await, packet(&a, &b, len));
+        b.device.send(&packet(&b, &a, len)).await.unwrap();
+        assert_eq!(a.read_packet().await, packet(&b, &a, len));
+    }
+    let path = a.plane.paths()[&b.key];
+    assert_eq!(path.direct.unwrap().address, b.endpoint());
+    assert_eq!(path.region, REGION);
+}
+
+#[tokio::test]
+async fn peers_that_meet_at_a_relay_become_direct_by_calling_each_other() {
+    let mut world = World::new().await;
+    let (mut a, mut b) = (world.direct_side(1), world.direct_side(2));
+    for (side, other) in [(&a, &b), (&b, &a)] {
+        side.plane.ensure_link(world.target());
+        side.hear_link_up().await;
+        // Only B is told where the other is: A learns it from B's pings.
+        let map = if side.key == a.key { network(&[other], false) } else { direct_network(&[other]) };
+        side.plane.set_peers(&map);
+    }
+    a.device.send(&packet(&a, &b, 100)).await.unwrap();
+    assert_eq!(b.read_packet().await, packet(&a, &b, 100));
+    b.device.send(&packet(&b, &a, 101)).await.unwrap();
+    assert_eq!(a.read_packet().await, packet(&b, &a, 101));
+    assert_eq!(a.hear_direct().await, b.endpoint());
+    assert_eq!(b.hear_direct().await, a.endpoint());
+    // What goes over UDP alone does not touch the relay.
+    while world.relay.heard.try_recv().is_ok() {}
+    a.device.send(&packet(&a, &b, 102)).await.unwrap();
+    assert_eq!(b.read_packet().await, packet(&a, &b, 102));
+    let relayed = std::iter::from_fn(|| world.relay.heard.try_recv().ok());
+    assert_eq!(relayed.filter(|(kind, body)| *kind == 4 && body[32..].starts_with(&[4, 0, 0, 0])).count(), 0);
+}
+
+#[tokio::test]
+async fn two_peers_become_direct_over_ipv6_alone() {
+    let world = World::new().await;
+    let (mut a, mut b) = (world.direct_side(1), world.direct_side(2));
+    if a.plane.local_ports().unwrap().v6.is_none() {
+        return println!("SKIPPED: this machine has no IPv6");
+    }
+    let endpoint =
+        |side: &Side| SocketAddr::from((Ipv6Addr::LOCALHOST, side.plane.local_ports().unwrap().v6.unwrap()));
+    for (side, other) in [(&a, &b), (&b, &a)] {
+        let mut map = network(&[other], false);
+        map.peers.values_mut().for_each(|peer| peer.endpoints = vec![endpoint(other)]);
+        side.plane.set_peers(&map);
+    }
+    assert_eq!(a.hear_direct().await, endpoint(&b));
+    assert_eq!(b.hear_direct().await, endpoint(&a));
+    a.device.send(&packet(&a, &b, 1280)).await.unwrap();
+    assert_eq!(b.read_packet().await, packet(&a, &b, 1280));
+}
+
+#[tokio::test]
+async fn a_side_without_ipv6_becomes_direct_over_ipv4() {
+    let world = World::new().await;
+    let v4 = StdUdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+    let mut a = world.side_with(1, UdpSockets::from_owned(v4.into(), None).unwrap());
+    let mut b = world.direct_side(2);
+    let mut map = direct_network(&[&b]);
+    let out_of_reach = "[::1]:9".parse().unwrap();
+    map.peers.values_mut().for_each(|peer| peer.endpoints.insert(0, out_of_reach));
+    a.plane.set_peers(&map);
+    b.plane.set_peers(&direct_network(&[&a]));
+    assert_eq!(a.hear_direct().await, b.endpoint());
+    a.device.send(&packet(&a, &b, 100)).await.unwrap();
+    assert_eq!(b.read_packet().await, packet(&a, &b, 100));
+}
+
+#[tokio::test]
+async fn a_ping_over_the_direct_path_names_no_region() {
+    let world = World::new().await;
+    let (mut a, mut b) = (world.direct_side(1), world.direct_side(2));
+    a.plane.set_peers(&direct_network(&[&b]));
+    b.plane.set_peers(&direct_network(&[&a]));
+    a.hear_direct().await;
+    b.hear_direct().await;
+    a.plane.send_ping(b.key, [7; 12]).unwrap();
+    let pong = loop {
+        let pong = a.hear_pong().await;
+        if pong.is_user {
+            break pong;
+        }
+    };
+    assert_eq!((pong.peer, pong.txid, pong.region), (b.key, [7; 12], None));
+    assert!(pong.latency < LIMIT);
+}
+
+#[tokio::test]
+async fn sockets_that_are_bound_anew_keep_their_port_and_the_path() {
+    let world = World::new().await;
+    let (mut a, mut b) = (world.direct_side(1), world.direct_side(2));
+    a.plane.set_peers(&direct_network(&[&b]));
+    b.plane.set_peers(&direct_network(&[&a]));
+    a.hear_direct().await;
+    b.hear_direct().await;
+    let before = a.plane.local_ports();
+    for _ in 0..3 {
+        assert_eq!(Some(a.plane.rebind().await.unwrap()), before);
+        a.device.send(&packet(&a, &b, 100)).await.unwrap();
+        assert_eq!(b.read_packet().await, packet(&a, &b, 100));
+        b.device.send(&packet(&b, &a, 100)).await.unwrap();
+        assert_eq!(a.read_packet().await, packet(&b, &a, 100));
+    }
+    assert_eq!(a.plane.paths()[&b.key].direct.unwrap().address, b.endpoint());
+    assert!(a.path.try_recv().is_err(), "the path did not change");
+    let relay_only = world.side(3);
+    assert!(matches!(relay_only.plane.rebind().await, Err(RebindError::NoSockets)));
+    assert_eq!(relay_only.plane.local_ports(), None);
+}
+
+#[tokio::test]
+async fn a_peer_that_is_gone_is_left_for_the_relay_at_once() {
+    let world = World::new().await;
+    let (mut a, mut b) = (world.direct_side(1), world.direct_side(2));
+    for (side, other) in [(&a, &b), (&b, &a)] {
+        side.plane.ensure_link(world.target());
+        side.hear_link_up().await;
+        side.plane.set_peers(&direct_network(&[other]));
+    }
+    a.hear_direct().await;
+    b.hear_direct().await;
+    a.device.send(&packet(&a, &b, 100)).await.unwrap();
+    assert_eq!(b.read_packet().await, packet(&a, &b, 100));
+    // Its sockets are closed, and the kernel refuses for it.
+    b.plane.plane.close_sockets().await;
+    // The first packet may be the one that is refused.
+    let sending = async {
+        loop {
+            a.device.send(&packet(&a, &b, 100)).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let mut buffer = [0; 2000];
+    tokio::select! {
+        () = sending => {}
+        read = timeout(LIMIT, b.device.recv(&mut buffer)) => drop(read.unwrap().unwrap()),
+    }
+    assert_eq!(a.plane.paths()[&b.key].direct, None);
+}
+
+#[tokio::test]
+async fn a_side_that_only_relays_and_one_with_sockets_talk_through_the_relay() {
+    let world = World::new().await;
+    let (mut a, mut b) = (world.direct_side(1), world.side(2));
+    a.plane.ensure_link(world.target());
+    b.plane.ensure_link(world.target());
+    a.hear_link_up().await;
+    b.hear_link_up().await;
+    a.plane.set_peers(&network(&[&b], false));
+    b.plane.set_peers(&direct_network(&[&a]));
+    for _ in 0..3 {
+        a.device.send(&packet(&a, &b, 100)).await.unwrap();
+        assert_eq!(b.read_packet().await, packet(&a, &b, 100));
+        b.device.send(&packet(&b, &a, 100)).await.unwrap();
+        assert_eq!(a.read_packet().await, packet(&b, &a, 100));
+    }
+    assert_eq!(b.plane.paths()[&a.key].direct, None);
+    assert_eq!(a.plane.paths()[&b.key].direct, None);
+}
+
+#[tokio::test]
+async fn direct_paths_that_are_forbidden_are_left_and_taken_again_when_they_are_allowed() {
+    let world = World::new().await;
+    let (mut a, mut b) = (world.direct_side(1), world.direct_side(2));
+    for (side, other) in [(&a, &b), (&b, &a)] {
+        side.plane.ensure_link(world.target());
+        side.hear_link_up().await;
+        side.plane.set_peers(&direct_network(&[other]));
+    }
+    a.hear_direct().await;
+    b.hear_direct().await;
+    a.device.send(&packet(&a, &b, 99)).await.unwrap();
+    assert_eq!(b.read_packet().await, packet(&a, &b, 99));
+    a.plane.set_direct(Direct::Blocked);
+    a.device.send(&packet(&a, &b, 100)).await.unwrap();
+    assert_eq!(b.read_packet().await, packet(&a, &b, 100));
+    assert_eq!(a.plane.paths()[&b.key].direct, None);
+    a.plane.set_direct(Direct::Allowed);
+    a.device.send(&packet(&a, &b, 101)).await.unwrap();
+    assert_eq!(b.read_packet().await, packet(&a, &b, 101));
+    assert_eq!(a.hear_direct().await, b.endpoint());
+}
+
+#[tokio::test]
+async fn a_stun_server_is_asked_and_its_answer_told_and_anything_else_dropped() {
+    let world = World::new().await;
+    let mut a = world.direct_side(1);
+    let server = StdUdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    server.set_read_timeout(Some(LIMIT)).unwrap();
+    a.plane.send_stun(server.local_addr().unwrap(), [9; 12]).unwrap();
+    let mut question = [0; 100];
+    let (len, from) = server.recv_from(&mut question).unwrap();
+    assert_eq!(from, a.endpoint());
+    assert_eq!(stun::read_request(&question[..len]), Ok([9; 12]));
+    // Its own question is STUN too, and no answer.
+    server.send_to(&question[..len], from).unwrap();
+    let address = "192.0.2.1:1234".parse().unwrap();
+    server.send_to(&Response { txid: [9; 12], address }.encode(), from).unwrap();
+    let answer = timeout(LIMIT, a.stun.recv()).await.unwrap().unwrap();
+    assert_eq!((answer.from, answer.txid, answer.address), (server.local_addr().unwrap(), [9; 12], address));
+    let without = world.side(2);
+    assert_eq!(without.plane.send_stun(address, [9; 12]), Err(StunUnsent::NoSocket));
+}
+
+#[tokio::test]
+async fn what_comes_from_an_unknown_source_is_dropped_and_counted() {
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+    let metrics = recorder.handle();
+    let world = World::new().await;
+    let mut a = metrics::with_local_recorder(&recorder, || world.direct_side(1));
+    let mut b = world.direct_side(2);
+    a.plane.set_peers(&direct_network(&[&b]));
+    b.plane.set_peers(&direct_network(&[&a]));
+    a.hear_direct().await;
+    b.hear_direct().await;
+    let stranger = StdUdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    for _ in 0..3 {
+        stranger.send_to(&[4; 100], a.endpoint()).unwrap();
+    }
+    let probe = [b"TS\xf0\x9f\x92\xac".as_slice(), &b.disco.0, &[7; 100]].concat();
+    stranger.send_to(&probe, a.endpoint()).unwrap();
+    // What came before it has been handled once this is through.
+    b.device.send(&packet(&b, &a, 100)).await.unwrap();
+    a.read_packet().await;
+    let wanted = [
+        r#"warren_dropped_packets_total{direction="receive",reason="unknown_source"} 3"#,
+        r#"warren_dropped_packets_total{direction="receive",reason="disco"} 1"#,
+        r#"warren_receive_packets_total{path="direct"} 1"#,
+        r#"warren_receive_bytes_total{path="direct"} 100"#,
+        r#"warren_receive_packets_total{path="derp"} 0"#,
+    ];
+    let wait = async {
+        loop {
+            let text = metrics.render();
+            if wanted.iter().all(|line| text.contains(line)) {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    if timeout(LIMIT, wait).await.is_err() {
+        panic!("{}", metrics.render());
+    }
+}
+
+#[tokio::test]
+async fn bursts_over_udp_arrive_whole_and_in_order() {
+    let world = World::new().await;
+    let (mut a, mut b) = (world.direct_side(1), world.direct_side(2));
+    a.plane.set_peers(&direct_network(&[&b]));
+    b.plane.set_peers(&direct_network(&[&a]));
+    a.hear_direct().await;
+    b.hear_direct().await;
+    a.device.send(&packet(&a, &b, 100)).await.unwrap();
+    assert_eq!(b.read_packet().await, packet(&a, &b, 100));
+    let (from, to) = (a.address, b.address);
+    let numbered = |number: u16| {
+        let mut packet = packet_between(from, to, 1200);
+        packet[60..62].copy_from_slice(&number.to_be_bytes());
+        packet
+    };
+    for round in 0..50 {
+        // As many as the device's socket holds at least.
+        let burst = round * 8..(round + 1) * 8;
+        for number in burst.clone() {
+            a.device.send(&numbered(number)).await.unwrap();
+        }
+        for number in burst {
+            assert!(b.read_packet().await == numbered(number), "number {number}");
+        }
+    }
+}
+
 /// A relay, and how to reach it.
 struct World {
     relay: Relay,
@@ -377,7 +666,18 @@ impl World {
     }
 
     fn side(&self, number: u8) -> Side {
-        Side::start(number)
+        Side::start(number, None)
+    }
+
+    /// With sockets, and knowing where they are.
+    fn direct_side(&self, number: u8) -> Side {
+        self.side_with(number, UdpSockets::bind(0).unwrap())
+    }
+
+    fn side_with(&self, number: u8, sockets: UdpSockets) -> Side {
+        let side = Side::start(number, Some(sockets));
+        side.plane.set_own_endpoints(vec![side.endpoint()]);
+        side
     }
 
     fn target(&self) -> LinkTarget {
@@ -418,18 +718,31 @@ struct Side {
     heard: Arc<Heard>,
     handshake: tokio::sync::Mutex<mpsc::Receiver<NodePublic>>,
     pong: mpsc::Receiver<Pong>,
+    path: mpsc::Receiver<PathChange>,
+    stun: mpsc::Receiver<StunAnswer>,
     link: tokio::sync::Mutex<mpsc::Receiver<LinkChange>>,
 }
 
 struct Heard {
     handshake: mpsc::Sender<NodePublic>,
     pong: mpsc::Sender<Pong>,
+    path: mpsc::Sender<PathChange>,
+    stun: mpsc::Sender<StunAnswer>,
     link: mpsc::Sender<LinkChange>,
 }
 
 impl Events for Heard {
     fn pong(&self, pong: Pong) {
-        self.pong.try_send(pong).unwrap();
+        // Paths ping without end.
+        let _ = self.pong.try_send(pong);
+    }
+
+    fn path_changed(&self, change: PathChange) {
+        self.path.try_send(change).unwrap();
+    }
+
+    fn stun(&self, answer: StunAnswer) {
+        self.stun.try_send(answer).unwrap();
     }
 
     fn link_changed(&self, _: RegionId, change: LinkChange) {
@@ -442,21 +755,29 @@ impl Events for Heard {
 }
 
 impl Side {
-    fn start(number: u8) -> Self {
+    fn start(number: u8, udp: Option<UdpSockets>) -> Self {
         let (handshake_out, handshake) = mpsc::channel(100);
         let (pong_out, pong) = mpsc::channel(100);
         let (link_out, link) = mpsc::channel(100);
-        let heard = Arc::new(Heard { handshake: handshake_out, pong: pong_out, link: link_out });
+        let (path_out, path) = mpsc::channel(100);
+        let (stun_out, stun) = mpsc::channel(100);
+        let heard = Arc::new(Heard {
+            handshake: handshake_out,
+            pong: pong_out,
+            path: path_out,
+            stun: stun_out,
+            link: link_out,
+        });
         let (node, disco) = (NodePrivate::generate(), DiscoPrivate::generate());
         let (key, disco_key) = (node.public(), disco.public());
         let address = Ipv6Addr::new(0xfd60, 0x627a, 0xa42b, 0, 0, 0, 0, u16::from(number));
         let dialer = Arc::new(Dialer::new(DialOptions::default()).unwrap());
         let events: Arc<dyn Events> = Arc::clone(&heard) as _;
-        let plane = DataPlane::start(DataPlaneConfig { node, disco, address, dialer, events }).unwrap();
+        let plane = DataPlane::start(DataPlaneConfig { node, disco, address, dialer, events, udp }).unwrap();
         let (tun, device) = device();
         plane.attach_tun(tun);
         let (handshake, link) = (tokio::sync::Mutex::new(handshake), tokio::sync::Mutex::new(link));
-        Self { plane, key, disco: disco_key, address, device, heard, handshake, pong, link }
+        Self { plane, key, disco: disco_key, address, device, heard, handshake, pong, path, stun, link }
     }
 
     async fn read_packet(&mut self) -> Vec<u8> {
@@ -482,6 +803,23 @@ impl Side {
 
     async fn hear_pong(&mut self) -> Pong {
         timeout(LIMIT, self.pong.recv()).await.unwrap().unwrap()
+    }
+
+    /// Where it is reached over UDP.
+    fn endpoint(&self) -> SocketAddr {
+        (Ipv4Addr::LOCALHOST, self.plane.local_ports().unwrap().v4).into()
+    }
+
+    /// Waits until it has a direct path, and returns the address.
+    async fn hear_direct(&mut self) -> SocketAddr {
+        let wait = async {
+            loop {
+                if let Some(to) = self.path.recv().await.unwrap().to {
+                    return to;
+                }
+            }
+        };
+        timeout(LIMIT, wait).await.unwrap()
     }
 
     async fn hear_link_up(&self) {
@@ -510,6 +848,16 @@ fn device() -> (Tun, UnixDatagram) {
     (Tun::from_owned(ours.into()).unwrap(), UnixDatagram::from_std(theirs).unwrap())
 }
 
+/// As the control plane has it: where each of them is, too.
+fn direct_network(peers: &[&Side]) -> NetworkMap {
+    let mut map = network(peers, false);
+    for side in peers {
+        let id = Uuid::from_bytes(side.address.octets());
+        map.peers.get_mut(&id).unwrap().endpoints = vec![side.endpoint()];
+    }
+    map
+}
+
 fn network(peers: &[&Side], keepalive: bool) -> NetworkMap {
     let peer = |side: &&Side| coordination::Peer {
         node_key: side.key,
@@ -526,12 +874,16 @@ fn network(peers: &[&Side], keepalive: bool) -> NetworkMap {
 }
 
 fn packet(from: &Side, to: &Side, len: usize) -> Vec<u8> {
+    packet_between(from.address, to.address, len)
+}
+
+fn packet_between(from: Ipv6Addr, to: Ipv6Addr, len: usize) -> Vec<u8> {
     let mut packet = vec![0x5a; len];
     packet[..4].copy_from_slice(&[0x60, 0, 0, 0]);
     packet[4..6].copy_from_slice(&u16::try_from(len - 40).unwrap().to_be_bytes());
     packet[6..8].copy_from_slice(&[17, 64]);
-    packet[8..24].copy_from_slice(&from.address.octets());
-    packet[24..40].copy_from_slice(&to.address.octets());
+    packet[8..24].copy_from_slice(&from.octets());
+    packet[24..40].copy_from_slice(&to.octets());
     packet
 }
 

@@ -115,7 +115,8 @@ impl Frames {
         self.buffer.get(..self.filled).unwrap_or_default()
     }
 
-    fn push(&mut self, to: &NodePublic, packet: &[u8]) -> Result<(), Full> {
+    /// Adds one frame to a peer.
+    pub(crate) fn push(&mut self, to: &NodePublic, packet: &[u8]) -> Result<(), Full> {
         self.room(packet.len())?.copy_from_slice(packet);
         self.commit(to, packet.len());
         Ok(())

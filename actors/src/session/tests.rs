@@ -1015,6 +1015,7 @@ fn data_plane(identity: &Identity) -> DataPlane {
         address: identity.address,
         dialer: DIALER.clone(),
         events: Arc::new(Deaf),
+        udp: None,
     })
     .unwrap()
 }

@@ -152,6 +152,7 @@ pub(super) fn assemble(boot: Arc<Boot>, dialer: Arc<Dialer>) -> io::Result<Net> 
         address: identity.address,
         dialer,
         events: Arc::new(Ears(addresses.clone())),
+        udp: None,
     })?;
     Ok(Net::new(boot, identity, data_plane, addresses))
 }

@@ -294,6 +294,7 @@ impl Side {
             address: Ipv6Addr::LOCALHOST,
             dialer: Arc::new(dialer()),
             events: Arc::new(Ears(sender)),
+            udp: None,
         });
         Self { plane: plane.unwrap(), changes }
     }
