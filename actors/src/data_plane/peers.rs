@@ -246,7 +246,7 @@ impl Peers {
     pub(super) fn add_source(&self, from: SocketAddr, peer: &NodePublic) {
         let mut sources = self.sources.write().unwrap_or_else(PoisonError::into_inner);
         if !sources.insert(from, *peer) {
-            tracing::warn!("the table of peers' addresses is full: a peer stays relayed");
+            tracing::debug!("the table of peers' addresses is full: a peer stays relayed");
         }
     }
 

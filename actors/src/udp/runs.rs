@@ -77,9 +77,14 @@ impl Runs {
     /// Sends everything, waiting where a socket takes nothing more. Tells `lost` what could not be sent, and how
     /// many datagrams that were.
     pub(crate) async fn send(&mut self, sockets: &Sockets, mut lost: impl FnMut(SocketAddr, Unsent, u64)) {
+        // One wait in vain is enough for a batch.
+        let mut may_wait = true;
         for span in &self.spans {
             match sockets.of(span.to) {
-                Some(socket) => socket.send_run(span.of(&self.buffer), &mut lost).await,
+                Some(socket) if may_wait => {
+                    may_wait = socket.send_run(span.of(&self.buffer), &mut lost).await;
+                }
+                Some(socket) => socket.send_run_now(span.of(&self.buffer), &mut lost),
                 None => lost(span.to, Unsent::Unreachable, span.len() as u64),
             }
         }

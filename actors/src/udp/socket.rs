@@ -126,13 +126,20 @@ impl Socket {
         })
     }
 
-    /// Sends a run, waiting while the socket takes nothing. Tells `lost` what was not sent.
-    pub(super) async fn send_run(&self, mut run: Run<'_>, lost: &mut impl FnMut(SocketAddr, Unsent, u64)) {
+    /// Sends a run, waiting while the socket takes nothing. Tells `lost` what was not sent. Returns whether the
+    /// socket still takes something.
+    pub(super) async fn send_run(
+        &self,
+        mut run: Run<'_>,
+        lost: &mut impl FnMut(SocketAddr, Unsent, u64),
+    ) -> bool {
         while self.send_some(&mut run, lost) == Progress::Blocked {
             if !self.wait_until_writable().await {
-                return lost(run.to, Unsent::Blocked, run.left());
+                lost(run.to, Unsent::Blocked, run.left());
+                return false;
             }
         }
+        true
     }
 
     /// Sends of a run what the socket takes now. Tells `lost` what was not sent.
