@@ -3,12 +3,12 @@
 use std::{
     net::{Ipv4Addr, UdpSocket as StdUdpSocket},
     os::unix::net::UnixDatagram as StdUnixDatagram,
-    sync::atomic::AtomicUsize,
+    sync::atomic::{AtomicBool, AtomicUsize},
 };
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream, UnixDatagram},
+    net::{TcpListener, TcpStream, UdpSocket, UnixDatagram},
     sync::{broadcast, mpsc},
     time::timeout,
 };
@@ -522,6 +522,57 @@ async fn a_peer_that_is_gone_is_left_for_the_relay_at_once() {
     assert_eq!(a.plane.paths()[&b.key].direct, None);
 }
 
+/// The recipe of tailnet-data 7.12: without it a silent path is taken until its trust is over, and never forgotten.
+#[tokio::test]
+async fn a_direct_path_that_dies_silently_is_left_by_both_for_the_relay_and_taken_again_when_it_lives() {
+    let world = World::new().await;
+    let (mut a, mut b) = (world.direct_side(1), world.direct_side(2));
+    let between = Between::start(a.endpoint(), b.endpoint()).await;
+    for (side, other, own, its) in [(&a, &b, between.a, between.b), (&b, &a, between.b, between.a)] {
+        side.plane.set_own_endpoints(vec![own]);
+        side.plane.ensure_link(world.target());
+        side.hear_link_up().await;
+        let mut map = network(&[other], false);
+        map.peers.values_mut().for_each(|peer| peer.endpoints = vec![its]);
+        side.plane.set_peers(&map);
+    }
+    for round in 0..2 {
+        assert_eq!(a.hear_direct().await, between.b, "{round}");
+        assert_eq!(b.hear_direct().await, between.a, "{round}");
+        a.device.send(&packet(&a, &b, 100)).await.unwrap();
+        b.read_packet().await;
+        b.device.send(&packet(&b, &a, 100)).await.unwrap();
+        a.read_packet().await;
+        between.is_cut.store(true, Ordering::Relaxed);
+        let (to_b, to_a) = (packet(&a, &b, 200), packet(&b, &a, 200));
+        let (Side { device: device_a, path: path_a, .. }, Side { device: device_b, path: path_b, .. }) =
+            (&mut a, &mut b);
+        let traffic = async {
+            loop {
+                device_a.send(&to_b).await.unwrap();
+                device_b.send(&to_a).await.unwrap();
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let arrival = async {
+            let (mut one, mut other) = ([0; 2000], [0; 2000]);
+            device_a.recv(&mut one).await.unwrap();
+            device_b.recv(&mut other).await.unwrap();
+        };
+        let left = async {
+            let is_relayed = |change: Option<PathChange>| change.unwrap().to.is_none();
+            while !is_relayed(path_a.recv().await) {}
+            while !is_relayed(path_b.recv().await) {}
+            arrival.await;
+        };
+        tokio::select! {
+            () = traffic => {}
+            left = timeout(LIMIT, left) => left.unwrap(),
+        }
+        between.is_cut.store(false, Ordering::Relaxed);
+    }
+}
+
 #[tokio::test]
 async fn a_side_that_only_relays_and_one_with_sockets_talk_through_the_relay() {
     let world = World::new().await;
@@ -540,6 +591,30 @@ async fn a_side_that_only_relays_and_one_with_sockets_talk_through_the_relay() {
     }
     assert_eq!(b.plane.paths()[&a.key].direct, None);
     assert_eq!(a.plane.paths()[&b.key].direct, None);
+}
+
+/// Conforms: data:20.2.11
+#[tokio::test]
+async fn where_either_side_forbids_direct_paths_everything_is_relayed() {
+    for blocks_a in [true, false] {
+        let world = World::new().await;
+        let (mut a, mut b) = (world.direct_side(1), world.direct_side(2));
+        (if blocks_a { &a } else { &b }).plane.set_direct(Direct::Blocked);
+        for (side, other) in [(&a, &b), (&b, &a)] {
+            side.plane.ensure_link(world.target());
+            side.hear_link_up().await;
+            side.plane.set_peers(&direct_network(&[other]));
+        }
+        for _ in 0..50 {
+            a.device.send(&packet(&a, &b, 100)).await.unwrap();
+            assert_eq!(b.read_packet().await, packet(&a, &b, 100));
+            b.device.send(&packet(&b, &a, 100)).await.unwrap();
+            assert_eq!(a.read_packet().await, packet(&b, &a, 100));
+        }
+        a.plane.send_ping(b.key, [7; 12]).unwrap();
+        assert_eq!(a.hear_pong().await.region, Some(REGION));
+        assert!(a.path.try_recv().is_err() && b.path.try_recv().is_err(), "{blocks_a}");
+    }
 }
 
 #[tokio::test]
@@ -705,6 +780,35 @@ impl World {
             side.plane.ensure_link(self.target());
             side.hear_link_up().await;
         }
+    }
+}
+
+/// What is between two sides, and can be cut without either being told: A is seen at `a`, B at `b`.
+struct Between {
+    a: SocketAddr,
+    b: SocketAddr,
+    is_cut: Arc<AtomicBool>,
+}
+
+impl Between {
+    async fn start(real_a: SocketAddr, real_b: SocketAddr) -> Self {
+        let at = || UdpSocket::bind((Ipv4Addr::LOCALHOST, 0));
+        let (near_a, near_b) = (Arc::new(at().await.unwrap()), Arc::new(at().await.unwrap()));
+        let (a, b) = (near_b.local_addr().unwrap(), near_a.local_addr().unwrap());
+        let is_cut = Arc::new(AtomicBool::new(false));
+        for (from, through, to) in [(&near_a, &near_b, real_b), (&near_b, &near_a, real_a)] {
+            let (from, through, is_cut) = (Arc::clone(from), Arc::clone(through), Arc::clone(&is_cut));
+            tokio::spawn(async move {
+                let mut buffer = [0; 2000];
+                loop {
+                    let len = from.recv(&mut buffer).await.unwrap();
+                    if !is_cut.load(Ordering::Relaxed) {
+                        let _ = through.send_to(&buffer[..len], to).await;
+                    }
+                }
+            });
+        }
+        Self { a, b, is_cut }
     }
 }
 
