@@ -5,6 +5,7 @@ pub mod coordinator;
 pub mod data_plane;
 pub mod dial;
 pub mod facts;
+pub mod interfaces;
 pub mod packet_io;
 pub mod pinger;
 pub mod registry;
