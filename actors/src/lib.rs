@@ -10,6 +10,7 @@ pub mod packet_io;
 pub mod pinger;
 pub mod registry;
 pub mod relay;
+pub mod resume;
 pub mod runtime;
 pub mod session;
 pub mod speaker;

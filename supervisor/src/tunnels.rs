@@ -25,7 +25,10 @@ use std::{
 
 use tokio::{task::JoinHandle, time::timeout};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
-use warren_actors::runtime::{CellWriter, Context, Part, PartError, Reply};
+use warren_actors::{
+    resume,
+    runtime::{CellWriter, Context, Part, PartError, Reply},
+};
 use warren_observability::names;
 use warren_proto::vpn::{self, status::Lifecycle};
 
@@ -42,7 +45,6 @@ mod header_command;
 mod launch;
 mod life;
 mod neighbours;
-mod resume;
 mod running;
 mod telemetry;
 #[cfg(test)]

@@ -13,26 +13,26 @@ const LEAST: Duration = Duration::from_secs(1);
 
 /// How long the machine had slept when it was looked last.
 #[derive(Debug)]
-pub(super) struct Sleep {
+struct Sleep {
     slept: Duration,
 }
 
 impl Sleep {
     /// Whatever was before is past.
-    pub(super) fn new(slept: Duration) -> Self {
+    fn new(slept: Duration) -> Self {
         Self { slept }
     }
 
     /// Whether the machine has slept since the last look.
-    pub(super) fn is_over(&mut self, slept: Duration) -> bool {
+    fn is_over(&mut self, slept: Duration) -> bool {
         let since = slept.saturating_sub(self.slept);
         self.slept = slept;
         since >= LEAST
     }
 }
 
-/// Waits until the machine has slept and is awake again.
-pub(super) async fn resumed() {
+/// Waits until the machine has slept and is awake again. A sleep between two calls is not noticed.
+pub async fn resumed() {
     let mut sleep = Sleep::new(slept());
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
