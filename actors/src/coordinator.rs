@@ -1,6 +1,6 @@
 //! The control-plane coordinator: keeps the control connection, and the facts that come through it.
 //!
-//! Writes the cells `link`, `network_map`, `relay_map`, `upgrades` and `workspaces`. It decides when to dial and what the
+//! Writes the cells `link`, `network_map`, `relay_map`, `upgrades`, `direct` and `workspaces`. It decides when to dial and what the
 //! end of a connection means; one `Attempt` at a time does the work and reports. What must survive a
 //! crash is in the cells and in [`ControlMemory`]: the successor is the same peer to the deployment, and no
 //! peer is unprogrammed meanwhile.
@@ -20,6 +20,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use warren_core::{
     backoff::Backoff,
+    path::Direct,
     relay_map::{ConnectionInfo, RelayMap},
     roster::{Update, UpdateError, Workspaces},
 };
@@ -28,6 +29,7 @@ use warren_proto::tailnet::WorkspaceUpdate;
 
 use crate::{
     facts::{LinkState, Net},
+    packet_io,
     relay::{self, upgrade::Upgrades},
     runtime::{AlreadyClaimed, CellWriter, Context, Part, PartError},
 };
@@ -112,6 +114,7 @@ struct Shared {
     peers: Peers,
     relay_map: CellWriter<RelayMap>,
     upgrades: CellWriter<Upgrades>,
+    direct: CellWriter<Direct>,
     workspaces: CellWriter<Workspaces>,
     /// Told when the machine woke up.
     wake: Notify,
@@ -181,8 +184,16 @@ impl Coordinator {
     fn wake(&self, state: &mut State) {
         state.backoff.reset();
         state.shared.wake.notify_one();
-        if let Err(error) = self.net.relay.try_send(relay::Message::NetworkChanged) {
-            tracing::debug!(%error, "the relay was not told that the network may have changed");
+        let told = [
+            self.net.relay.try_send(relay::Message::NetworkChanged).err().map(|error| error.to_string()),
+            self.net
+                .packet_io
+                .try_send(packet_io::Message::NetworkChanged)
+                .err()
+                .map(|error| error.to_string()),
+        ];
+        for error in told.into_iter().flatten() {
+            tracing::debug!(error, "a part was not told that the network may have changed");
         }
     }
 
@@ -245,6 +256,7 @@ impl Shared {
             peers: Peers::new(Arc::clone(net), Arc::clone(memory))?,
             relay_map: net.relay_map.claim()?,
             upgrades: net.upgrades.claim()?,
+            direct: net.direct.claim()?,
             workspaces: net.workspaces.claim()?,
             wake: Notify::new(),
             stop: CancellationToken::new(),
@@ -261,6 +273,7 @@ impl Shared {
     fn take_introduction(&self, username: String, info: ConnectionInfo) {
         let only = Some(Upgrades::WebSocketOnly).filter(|_| info.force_websockets);
         self.upgrades.set_if_changed(only.unwrap_or_default());
+        self.direct.set_if_changed(if info.disable_direct { Direct::Blocked } else { Direct::Allowed });
         self.take_relay_map(info.relay_map);
         let known = Workspaces::clone(&self.workspaces.get());
         self.workspaces.set_if_changed(Workspaces { username, suffix: info.hostname_suffix, ..known });

@@ -2,14 +2,15 @@
 //!
 //! | Cell | Writer |
 //! |---|---|
-//! | [`Net::link`], [`Net::network_map`], [`Net::relay_map`], [`Net::upgrades`], [`Net::workspaces`] | coordinator |
+//! | [`Net::link`], [`Net::network_map`], [`Net::relay_map`], [`Net::upgrades`], [`Net::direct`], [`Net::workspaces`] | coordinator |
 //! | [`Net::peers`], [`Net::interface`] | registry |
-//! | [`Net::relays`], [`Net::forced_websocket`], [`Net::home`], [`Net::latencies`] | relay |
+//! | [`Net::relays`], [`Net::forced_websocket`], [`Net::home`], [`Net::latencies`], [`Net::netcheck`] | relay |
+//! | [`Net::families`], [`Net::endpoints`] | packet I/O |
 //! | [`Net::host`] | session (the manager owns the network) or host (the tunnel owns it) |
 
 use std::{
     collections::BTreeMap,
-    net::Ipv6Addr,
+    net::{Ipv6Addr, SocketAddr},
     os::fd::RawFd,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -21,6 +22,8 @@ use uuid::Uuid;
 use warren_core::{
     coordination::NetworkMap,
     home::RegionLatency,
+    netcheck::{Families, Mappings, Report},
+    path::Direct,
     relay_map::{RegionId, RelayMap},
     roster::{Snapshot, Workspaces},
 };
@@ -217,6 +220,8 @@ pub struct Net {
     pub relay_map: Cell<RelayMap>,
     /// Which upgrades relays are asked for; set before the first relay map.
     pub upgrades: Cell<Upgrades>,
+    /// Whether the deployment allows direct paths.
+    pub direct: Cell<Direct>,
     /// The user's workspaces.
     pub workspaces: Cell<Workspaces>,
     /// What a manager is told.
@@ -233,6 +238,12 @@ pub struct Net {
     pub home: Cell<Option<RegionId>>,
     /// Our latency to each region.
     pub latencies: Cell<BTreeMap<RegionId, RegionLatency>>,
+    /// How the world sees us.
+    pub netcheck: Cell<Seen>,
+    /// The families in which this machine has an address that leads anywhere.
+    pub families: Cell<Families>,
+    /// Where peers may reach us, best first.
+    pub endpoints: Cell<Vec<SocketAddr>>,
     /// The coordinator.
     pub coordinator: Address<coordinator::Message>,
     /// The registry.
@@ -243,6 +254,17 @@ pub struct Net {
     pub relay: Address<relay::Message>,
     /// The pinger.
     pub pinger: Address<pinger::Message>,
+}
+
+/// How the world sees us, as far as it was asked.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Counts looks: what is the same as before was confirmed.
+    pub looks: u64,
+    /// The addresses of our sockets.
+    pub mappings: Mappings,
+    /// What the last whole look found out.
+    pub report: Option<(SystemTime, Report)>,
 }
 
 impl Net {
@@ -257,6 +279,7 @@ impl Net {
             network_map: Cell::default(),
             relay_map: Cell::default(),
             upgrades: Cell::default(),
+            direct: Cell::default(),
             workspaces: Cell::default(),
             peers: Cell::default(),
             interface: Cell::default(),
@@ -265,6 +288,10 @@ impl Net {
             forced_websocket: Cell::default(),
             home: Cell::default(),
             latencies: Cell::default(),
+            netcheck: Cell::default(),
+            // Until somebody has looked, everything is tried.
+            families: Cell::new(Families { v4: true, v6: true }),
+            endpoints: Cell::default(),
             coordinator,
             registry,
             packet_io,

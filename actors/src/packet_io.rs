@@ -1,15 +1,28 @@
-//! Packet I/O: keeps the data plane's peers equal to the network map, and gives it the device that Start
-//! asked for.
+//! Packet I/O: keeps the data plane's peers equal to the network map, gives it the device that Start asked for,
+//! and knows where we are: our sockets, the machine's network, and what peers are told of both. Writes the cells
+//! `families` and `endpoints`.
 //!
 //! It only controls; packets move in the data plane's tasks ([`crate::data_plane`]), which go on when this
 //! part crashes. Its successor finds the device in place and reconciles.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use warren_core::{
+    endpoints::{Endpoints, Ports},
+    netcheck::Families,
+    network::{Change, Network},
+    path::Direct,
+};
 
 use crate::{
+    coordinator,
     facts::{Net, NetworkOwner},
-    pinger,
-    runtime::{Context, Part, PartError},
+    interfaces, pinger,
+    runtime::{CellWriter, Context, Part, PartError},
 };
 
 pub mod batch;
@@ -20,6 +33,8 @@ use tun::{Tun, TunError};
 /// The interface that a tunnel makes for itself when it owns the network.
 pub const DEVICE_NAME: &str = "warren0";
 
+const EVERY_FAMILY: Families = Families { v4: true, v6: true };
+
 /// How often it is looked whether the device is still there: more often than the budget forgives.
 const LOOK_PERIOD: Duration = Duration::from_secs(2);
 
@@ -28,6 +43,14 @@ const LOOK_PERIOD: Duration = Duration::from_secs(2);
 pub enum Message {
     /// The network map changed; which one is in the cell.
     MapChanged,
+    /// The deployment allows direct paths, or does not any more; which is in the cell.
+    DirectChanged,
+    /// The machine's network is this by now.
+    Network(Arc<Network>),
+    /// It was looked how the world sees us; how is in the cell.
+    Seen,
+    /// Packets leave by other ways than before, or the machine has slept.
+    NetworkChanged,
     /// It is time to look whether the device is still there.
     Look,
 }
@@ -61,19 +84,100 @@ impl PacketIo {
     }
 }
 
-impl Part for PacketIo {
-    type Message = Message;
-    type State = ();
+/// One incarnation of the part.
+pub struct State {
+    whereabouts: Endpoints,
+    network: Option<Arc<Network>>,
+    families: CellWriter<Families>,
+    endpoints: CellWriter<Vec<SocketAddr>>,
+}
 
-    async fn start(&self, context: &Context<Message>) -> Result<(), PartError> {
-        self.attach_device()?;
-        context.follow(self.net.network_map.view(), || Message::MapChanged);
-        context.tick(LOOK_PERIOD, || Message::Look);
-        Ok(())
+impl PacketIo {
+    /// Tells the data plane where we are, as of now, and others if that is news.
+    fn tell_whereabouts(&self, state: &mut State) {
+        let now = Instant::now();
+        state.whereabouts.handle_timeout(now);
+        let is_allowed = *self.net.direct.get() == Direct::Allowed;
+        let list = if is_allowed { state.whereabouts.list(now) } else { Vec::new() };
+        self.net.data_plane.set_own_endpoints(list.clone());
+        state.endpoints.set_if_changed(list);
     }
 
-    async fn handle(&self, _: &Context<Message>, _: &mut (), message: Message) -> Result<(), PartError> {
+    fn take_network(&self, state: &mut State, network: Arc<Network>) {
+        let change = state.network.as_ref().and_then(|known| known.change_to(&network));
+        state.whereabouts.set_interfaces(network.interfaces.clone());
+        state.network = Some(network);
+        let families = state.whereabouts.families();
+        // A machine that is on no network can still have its deployment, a lab, on itself.
+        let families = if families == Families::default() { EVERY_FAMILY } else { families };
+        state.families.set_if_changed(families);
+        self.tell_whereabouts(state);
+        if change == Some(Change::Major) {
+            tracing::info!("the network has changed");
+            // It tells everybody whom that concerns, us too. One that has no room left has heard of it already.
+            let _ = self.net.coordinator.try_send(coordinator::Message::Wake);
+        }
+    }
+
+    /// A socket that was bound on a network that is gone can be worth nothing on the next one.
+    async fn bind_anew(&self, state: &mut State) {
+        self.net.data_plane.link_changed();
+        if self.net.data_plane.local_ports().is_none() {
+            return;
+        }
+        if let Err(error) = self.net.data_plane.rebind().await {
+            tracing::warn!(%error, "the sockets for direct paths cannot be bound anew; everything is relayed until they can");
+        }
+        state.whereabouts.set_ports(self.ports());
+        self.tell_whereabouts(state);
+    }
+
+    fn ports(&self) -> Ports {
+        let ports = self.net.data_plane.local_ports();
+        Ports { v4: ports.map(|ports| ports.v4), v6: ports.and_then(|ports| ports.v6), configured: None }
+    }
+}
+
+impl Part for PacketIo {
+    type Message = Message;
+    type State = State;
+
+    async fn start(&self, context: &Context<Message>) -> Result<State, PartError> {
+        self.attach_device()?;
+        let (families, endpoints) = (self.net.families.claim()?, self.net.endpoints.claim()?);
+        let mut whereabouts = Endpoints::new();
+        whereabouts.set_ports(self.ports());
+        context.follow(self.net.network_map.view(), || Message::MapChanged);
+        context.follow(self.net.direct.view(), || Message::DirectChanged);
+        context.follow(self.net.netcheck.view(), || Message::Seen);
+        context.tick(LOOK_PERIOD, || Message::Look);
+        let me = context.me.clone();
+        context.tasks.spawn(interfaces::watch(move |network| {
+            let me = me.clone();
+            // A part that is down looks anew when it is back.
+            async move { me.send(Message::Network(network)).await.unwrap_or_default() }
+        }));
+        Ok(State { whereabouts, network: None, families, endpoints })
+    }
+
+    async fn handle(
+        &self,
+        _: &Context<Message>,
+        state: &mut State,
+        message: Message,
+    ) -> Result<(), PartError> {
         match message {
+            Message::DirectChanged => {
+                self.net.data_plane.set_direct(*self.net.direct.get());
+                self.tell_whereabouts(state);
+            }
+            Message::Network(network) => self.take_network(state, network),
+            Message::Seen => {
+                let seen = self.net.netcheck.get();
+                state.whereabouts.handle_mappings(Instant::now(), &seen.mappings);
+                self.tell_whereabouts(state);
+            }
+            Message::NetworkChanged => self.bind_anew(state).await,
             Message::MapChanged => {
                 let net = Arc::clone(&self.net);
                 tokio::task::spawn_blocking(move || net.data_plane.follow_peers(&net.network_map)).await?;
@@ -150,12 +254,13 @@ mod tests {
     }
 
     async fn start(net: &Arc<Net>) -> Result<(), PartError> {
-        PacketIo::new(Arc::clone(net)).start(&context(net)).await
+        PacketIo::new(Arc::clone(net)).start(&context(net)).await.map(drop)
     }
 
     async fn hear_change(net: &Arc<Net>) {
         let part = PacketIo::new(Arc::clone(net));
-        part.handle(&context(net), &mut (), Message::MapChanged).await.unwrap();
+        let mut state = part.start(&context(net)).await.unwrap();
+        part.handle(&context(net), &mut state, Message::MapChanged).await.unwrap();
     }
 
     fn context(net: &Arc<Net>) -> Context<Message> {

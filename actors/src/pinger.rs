@@ -12,7 +12,6 @@ use std::{
 };
 
 use metrics::{Counter, Histogram, counter, histogram};
-use tokio::task::JoinHandle;
 use uuid::Uuid;
 use warren_core::{
     ping::{self, Ping, PingRefused, Pings, TxId},
@@ -25,7 +24,7 @@ use crate::{
     data_plane::{PingUnsent, Pong},
     facts::Net,
     registry,
-    runtime::{Context, Part, PartError, Reply},
+    runtime::{Alarm, Context, Part, PartError, Reply},
 };
 
 /// The longest that somebody may wait for one answer.
@@ -75,8 +74,7 @@ pub struct Pinger {
 /// One incarnation of the pinger.
 pub struct State {
     pings: Pings<Reply<Result<PingReport, PingFailed>>>,
-    /// Wakes us when something is due; replaced when something else is due earlier.
-    alarm: Option<(Instant, JoinHandle<Option<()>>)>,
+    alarm: Alarm,
     counters: Counters,
     silent: Silent,
 }
@@ -108,7 +106,7 @@ impl Part for Pinger {
         context.follow(self.net.network_map.view(), || Message::PeersChanged);
         let mut state = State {
             pings: Pings::new(Instant::now()),
-            alarm: None,
+            alarm: Alarm::default(),
             counters: Counters::new(),
             silent: Silent::default(),
         };
@@ -219,18 +217,7 @@ impl Silent {
 
 impl State {
     fn set_alarm(&mut self, context: &Context<Message>) {
-        let due = self.pings.poll_timeout();
-        if self.alarm.as_ref().is_some_and(|(at, task)| *at == due && !task.is_finished()) {
-            return;
-        }
-        let me = context.me.clone();
-        let task = context.tasks.spawn(async move {
-            tokio::time::sleep_until(due.into()).await;
-            let _ = me.send(Message::Due).await;
-        });
-        if let Some((_, old)) = self.alarm.replace((due, task)) {
-            old.abort();
-        }
+        self.alarm.set(context, Some(self.pings.poll_timeout()), Message::Due);
     }
 }
 

@@ -13,12 +13,15 @@ use std::{
 use http::{HeaderName, HeaderValue};
 use secrecy::ExposeSecret;
 use warren_core::{
-    home::{HomeLink, Homes, RegionLatency, Report},
+    home::{self, HomeLink, Homes, RegionLatency},
+    netcheck::{RunId, Trigger, Unsent},
     relay_map::{Region, RegionId, RelayMap},
 };
 
+use warren_proto::stun;
+
 use crate::{
-    data_plane::{LinkChange, LinkInfo, LinkTarget},
+    data_plane::{LinkChange, LinkInfo, LinkTarget, StunAnswer},
     facts::{Net, RelayLink},
     pinger,
     runtime::{CellWriter, Context, Part, PartError},
@@ -32,20 +35,18 @@ mod latency;
 pub mod link;
 pub(crate) mod queue;
 pub mod request;
+mod survey;
 pub mod upgrade;
 
 use latency::Probe;
 pub use latency::Stage;
 use request::Headers;
+use survey::Survey;
 
 /// A link that nobody needs is closed when nothing was sent through it for this long (tailnet-data 4).
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
 /// How often idle links and measurements that are due are looked for.
 const TICK: Duration = Duration::from_secs(5);
-/// How often latency is measured while there are peers.
-const MEASURE_PERIOD: Duration = Duration::from_secs(25);
-/// How often at most: a link that is lost causes a measurement out of turn.
-const LEAST_MEASURE_PERIOD: Duration = Duration::from_secs(5);
 /// A home whose link was silent for longer is not healthy (tailnet-data 8.6).
 const HEALTHY_SILENCE: Duration = Duration::from_secs(120);
 
@@ -67,17 +68,30 @@ pub enum Message {
         /// What it became.
         change: LinkChange,
     },
-    /// The relay map or the network map changed; which is in the cells.
+    /// The relay map, the network map or the families of addresses changed; which is in the cells.
     MapChanged,
     /// A measurement of its own has results.
     Measured {
         /// Which measurement; an older one than the present is ignored.
-        generation: u64,
+        run: RunId,
         /// How much of it this is.
         stage: Stage,
         /// The results.
-        report: Report,
+        report: home::Report,
     },
+    /// A STUN server answered.
+    Stun(StunAnswer),
+    /// A question to a STUN server could not be sent.
+    StunUnsent {
+        /// Which one.
+        txid: stun::TxId,
+        /// Why.
+        why: Unsent,
+    },
+    /// A peer is to be told where we are, and what we know of that is old.
+    EndpointsWanted,
+    /// It is time for whatever netcheck has due.
+    SurveyDue,
     /// Time passes.
     Tick,
     /// The network may have changed: asks every link whether it is alive, and measures anew.
@@ -97,11 +111,7 @@ pub struct State {
     forced_websocket: CellWriter<BTreeMap<RegionId, String>>,
     home: CellWriter<Option<RegionId>>,
     latencies: CellWriter<BTreeMap<RegionId, RegionLatency>>,
-    /// Counts measurements.
-    generation: u64,
-    measured_at: Option<Instant>,
-    is_measuring: bool,
-    measuring: Option<tokio::task::JoinHandle<Option<()>>>,
+    survey: Survey,
 }
 
 impl Part for RelayPart {
@@ -117,13 +127,11 @@ impl Part for RelayPart {
             forced_websocket: self.net.forced_websocket.claim()?,
             home,
             latencies: self.net.latencies.claim()?,
-            generation: 0,
-            measured_at: None,
-            is_measuring: false,
-            measuring: None,
+            survey: Survey::new(self.net.netcheck.claim()?),
         };
         context.follow(self.net.relay_map.view(), || Message::MapChanged);
         context.follow(self.net.network_map.view(), || Message::MapChanged);
+        context.follow(self.net.families.view(), || Message::MapChanged);
         context.tick(TICK, || Message::Tick);
         Ok(state)
     }
@@ -135,7 +143,7 @@ impl Part for RelayPart {
         message: Message,
     ) -> Result<(), PartError> {
         match message {
-            Message::MapChanged => self.take_maps(context, state),
+            Message::MapChanged => self.take_maps(state),
             Message::LinkChanged { change, .. } => {
                 self.publish(state);
                 match change {
@@ -143,30 +151,31 @@ impl Part for RelayPart {
                         // If this is lost, silent agents are pinged again soon.
                         let _ = self.net.pinger.try_send(pinger::Message::PathUp);
                     }
-                    LinkChange::Down if state.may_measure(LEAST_MEASURE_PERIOD) => {
-                        self.measure(context, state);
-                    }
-                    LinkChange::Dialing | LinkChange::Down | LinkChange::Closed => {}
+                    LinkChange::Down => state.survey.trigger(Trigger::Refresh),
+                    LinkChange::Dialing | LinkChange::Closed => {}
                 }
             }
-            Message::Measured { generation, stage, report } if generation == state.generation => {
-                self.take_report(state, stage, &report);
-            }
-            Message::Measured { .. } => {}
-            Message::Tick => {
-                self.reconcile(state);
-                let is_in_use = !self.net.network_map.get().peers.is_empty();
-                if is_in_use && state.may_measure(MEASURE_PERIOD) {
-                    self.measure(context, state);
+            Message::Measured { run, stage, report } => match stage {
+                // The first answers only serve who has no home yet: it would be unfair to the slower ones.
+                Stage::First if state.homes.home().is_none() && run == state.survey.run() => {
+                    self.take_latencies(state, &report);
                 }
-            }
+                Stage::First => {}
+                Stage::Complete => state.survey.take_latencies(run, &report),
+            },
+            Message::Stun(answer) => state.survey.take_stun(&answer),
+            Message::StunUnsent { txid, why } => state.survey.take_unsent(&txid, why),
+            Message::EndpointsWanted => state.survey.trigger(Trigger::Refresh),
+            Message::SurveyDue => {}
+            Message::Tick => self.reconcile(state),
             Message::NetworkChanged => {
                 // A probed link forgets why it uses a WebSocket.
                 self.publish(state);
                 self.net.data_plane.probe_links();
-                self.measure(context, state);
+                state.survey.trigger(Trigger::NetworkChanged);
             }
         }
+        self.survey(context, state);
         Ok(())
     }
 }
@@ -183,34 +192,31 @@ impl RelayPart {
         key.0.first_chunk().map_or(0, |bytes| u64::from_be_bytes(*bytes))
     }
 
-    fn take_maps(&self, context: &Context<Message>, state: &mut State) {
+    fn take_maps(&self, state: &mut State) {
         let map = self.net.relay_map.get();
         let has_changed = !state.map.difference(&map).is_empty() || state.map.scores != map.scores;
         state.map = map;
         if has_changed {
             state.homes.handle_map(&state.map);
+            state.survey.set_map(&state.map);
         }
         self.settle(state);
-        if has_changed && state.measured_at.is_none_or(|at| at.elapsed() >= LEAST_MEASURE_PERIOD) {
-            self.measure(context, state);
-        } else if has_changed {
-            // A deployment that changes its map all the time is measured at the next tick.
-            state.measured_at = None;
-            state.is_measuring = false;
+    }
+
+    /// Does what netcheck has due, and takes what it has found out.
+    fn survey(&self, context: &Context<Message>, state: &mut State) {
+        state.survey.follow(&self.net);
+        let map = Arc::clone(&state.map);
+        let reports = state.survey.drive(context, &self.net, || self.probes(&map));
+        for report in reports {
+            self.take_latencies(state, &report.latencies);
+            state.latencies.set_if_changed(report.latencies);
         }
     }
 
-    fn take_report(&self, state: &mut State, stage: Stage, report: &Report) {
-        // The first answers only serve who has no home yet: it would be unfair to the slower ones.
-        if stage == Stage::First && state.homes.home().is_some() {
-            return;
-        }
+    fn take_latencies(&self, state: &mut State, latencies: &home::Report) {
         let link = self.home_link(state.homes.home());
-        state.homes.handle_report(Instant::now(), &state.map, report, link);
-        if stage == Stage::Complete {
-            state.is_measuring = false;
-            state.latencies.set_if_changed(report.clone());
-        }
+        state.homes.handle_report(Instant::now(), &state.map, latencies, link);
         self.settle(state);
     }
 
@@ -296,44 +302,17 @@ impl RelayPart {
         state.relays.set_if_changed(links);
     }
 
-    fn measure(&self, context: &Context<Message>, state: &mut State) {
+    fn probes(&self, map: &RelayMap) -> Vec<Probe> {
         let probe = |region: &Region| Probe {
             region: region.id,
             nodes: region.relays().cloned().collect(),
             headers: self.headers(region),
         };
-        let probes: Vec<Probe> = state.map.relay_regions().map(probe).collect();
-        if probes.is_empty() {
-            return;
-        }
-        state.generation += 1;
-        state.measured_at = Some(Instant::now());
-        state.is_measuring = true;
-        let (generation, me) = (state.generation, context.me.clone());
-        let dialer = Arc::clone(self.net.data_plane.dialer());
-        let measuring =
-            context.tasks.spawn(async move {
-                let hand_over = |stage, report| {
-                    let me = me.clone();
-                    // A part that is down measures anew when it is back.
-                    async move {
-                        me.send(Message::Measured { generation, stage, report }).await.unwrap_or_default()
-                    }
-                };
-                latency::measure(&dialer, probes, hand_over).await;
-            });
-        if let Some(predecessor) = state.measuring.replace(measuring) {
-            predecessor.abort();
-        }
+        map.relay_regions().map(probe).collect()
     }
 }
 
 impl State {
-    /// Whether none is under way and the last one began at least this long ago.
-    fn may_measure(&self, period: Duration) -> bool {
-        !self.is_measuring && self.measured_at.is_none_or(|at| at.elapsed() >= period)
-    }
-
     /// Deployments are told why a relay was once reached by WebSocket for as long as we live.
     fn note_forced(&self, links: &BTreeMap<RegionId, LinkInfo>) {
         let mut reasons = BTreeMap::clone(&self.forced_websocket.get());
@@ -395,11 +374,9 @@ pub(crate) mod tests {
         let mut setting = Setting::new().await;
         setting.set_map(&[region(1, false), region(2, false)]);
         setting.hear(Message::MapChanged).await;
+        let old = setting.state.survey.run();
         setting.hear(Message::NetworkChanged).await;
-        let old = setting.state.generation - 1;
-        setting
-            .hear(Message::Measured { generation: old, stage: Stage::Complete, report: report(&[(1, 5)]) })
-            .await;
+        setting.hear(Message::Measured { run: old, stage: Stage::Complete, report: report(&[(1, 5)]) }).await;
         assert_eq!(*setting.net.home.get(), None);
     }
 
@@ -525,8 +502,8 @@ pub(crate) mod tests {
         }
 
         async fn measured(&mut self, stage: Stage, millis: &[(u16, u64)]) {
-            let generation = self.state.generation;
-            self.hear(Message::Measured { generation, stage, report: report(millis) }).await;
+            let run = self.state.survey.run();
+            self.hear(Message::Measured { run, stage, report: report(millis) }).await;
         }
 
         fn set_map(&self, regions: &[Region]) {
@@ -587,7 +564,7 @@ pub(crate) mod tests {
         Region { id: RegionId(id), code, name, embedded, avoid: false, nodes: vec![node] }
     }
 
-    fn report(millis: &[(u16, u64)]) -> Report {
+    fn report(millis: &[(u16, u64)]) -> home::Report {
         let latency = |millis| RegionLatency { v4: Some(Duration::from_millis(millis)), v6: None };
         millis.iter().map(|(id, millis)| (RegionId(*id), latency(*millis))).collect()
     }

@@ -119,6 +119,7 @@ fn public(shared: Arc<Shared>) -> Router {
 fn local(shared: Arc<Shared>) -> Router {
     let routes = Router::new()
         .route("/v1/status", routing::get(look::status))
+        .route("/v1/netcheck", routing::get(look::netcheck))
         .route("/v1/tree", routing::get(look::tree))
         .route("/v1/logs", routing::get(look::logs))
         .route("/v1/events", routing::get(look::events))

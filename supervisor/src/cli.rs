@@ -9,6 +9,7 @@ mod exit;
 mod lab;
 mod legb;
 mod login;
+mod netcheck;
 mod ping;
 mod service;
 mod signals;
@@ -66,6 +67,8 @@ enum Verb {
     Status(status::Args),
     /// Ping an agent over the path that is in use
     Ping(ping::Args),
+    /// Show how the world sees this machine, and how far the relays are
+    Netcheck(netcheck::Args),
     /// Look inside the service
     Debug(debug::Args),
     /// Run the service in the foreground
@@ -103,6 +106,7 @@ pub(crate) fn run() -> ExitCode {
         Verb::Down(args) => block_on(down::run(cli.reach, args)),
         Verb::Status(args) => block_on(status::run(cli.reach, args)),
         Verb::Ping(args) => block_on(ping::run(cli.reach, args)),
+        Verb::Netcheck(args) => block_on(netcheck::run(cli.reach, args)),
         Verb::Debug(args) => block_on(debug::run(cli.reach, args)),
     };
     outcome.unwrap_or_else(report).into()

@@ -114,13 +114,14 @@ impl<'a> Calls<'a> {
     async fn tell(&self, requests: &mut Requests<CoordinateRequest>) -> Ended {
         let Shared { net, peers, stop, .. } = self.shared;
         let (mut home, mut latencies) = (net.home.view(), net.latencies.view());
-        let mut forced_websocket = net.forced_websocket.view();
+        let (mut forced_websocket, mut endpoints) = (net.forced_websocket.view(), net.endpoints.view());
         let mut own_node = OwnNode::new(own_identity(&net.identity));
         own_node.connected();
         while !stop.is_cancelled() {
             own_node.set_home(*home.get());
             own_node.set_latencies(latencies.get().as_ref().clone());
             own_node.set_forced_websocket(forced_websocket.get().as_ref().clone());
+            own_node.set_endpoints(endpoints.get().as_ref().clone());
             let mut batch = peers.take_outgoing()?;
             batch.extend(own_node.poll_update(now(), SystemTime::now()));
             if !batch.is_empty() {
@@ -132,6 +133,7 @@ impl<'a> Calls<'a> {
                 _ = home.changed() => {}
                 _ = latencies.changed() => {}
                 _ = forced_websocket.changed() => {}
+                _ = endpoints.changed() => {}
                 () = until(own_node.poll_timeout(now())) => {}
             }
         }

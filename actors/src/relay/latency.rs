@@ -11,14 +11,16 @@ use http::{HeaderValue, header};
 use tokio::time::timeout;
 use warren_core::{
     home::{RegionLatency, Report},
+    netcheck::RUN_LIMIT,
     relay_map::{Node, RegionId},
 };
 
 use super::request::{self, Headers, RequestError};
 use crate::dial::Dialer;
 
-/// For one region, from dialling to the first byte of the answer.
-const REGION_LIMIT: Duration = Duration::from_secs(3);
+/// For all regions together, from dialling to the first byte of the last answer: within a run of netcheck.
+const LIMIT: Duration = Duration::from_millis(1900);
+const _: () = assert!(LIMIT.as_millis() < RUN_LIMIT.as_millis());
 /// Regions measured at the same time: more would measure each other.
 const AT_ONCE: usize = 16;
 /// After the first answer others get half as long as that took, within these bounds, to be considered
@@ -60,6 +62,8 @@ pub(super) async fn measure<F>(
         .buffer_unordered(AT_ONCE);
     let mut report = Report::new();
     let mut first_due: Option<tokio::time::Instant> = None;
+    let over = tokio::time::sleep(LIMIT);
+    tokio::pin!(over);
     loop {
         let is_due = first_due.is_some();
         let due = first_due.unwrap_or_else(tokio::time::Instant::now);
@@ -74,6 +78,7 @@ pub(super) async fn measure<F>(
                 Some((_, None)) => {}
                 None => return hand_over(Stage::Complete, report).await,
             },
+            () = &mut over => return hand_over(Stage::Complete, report).await,
             () = tokio::time::sleep_until(due), if is_due => {
                 first_due = None;
                 hand_over(Stage::First, report.clone()).await;
@@ -93,7 +98,7 @@ async fn measure_region(dialer: &Dialer, probe: &Probe) -> Option<RegionLatency>
         }
         None
     };
-    timeout(REGION_LIMIT, attempt).await.unwrap_or(None)
+    timeout(LIMIT, attempt).await.unwrap_or(None)
 }
 
 async fn measure_node(
@@ -101,7 +106,7 @@ async fn measure_node(
     node: &Node,
     headers: &Headers,
 ) -> Result<Option<RegionLatency>, RequestError> {
-    let stream = dialer.connect(&request::target(node), REGION_LIMIT).await?;
+    let stream = dialer.connect(&request::target(node), LIMIT).await?;
     let address = stream.peer_ip();
     let mut request = request::get(node, "/derp/latency-check", headers)?;
     request.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));

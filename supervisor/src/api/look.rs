@@ -20,11 +20,11 @@ use warren_observability::{
     page::{self, Page},
 };
 use warren_proto::{
-    link::{TunnelStatus, tree::Node},
+    link::{TunnelStatus, netcheck::Region, tree::Node},
     vpn::status::Lifecycle,
 };
 
-use super::{Shared, TUNNEL_LIMIT};
+use super::{Shared, TUNNEL_LIMIT, answer::Refusal, ping::why_not};
 use crate::{facts::TunnelState, tree::NodeInfo};
 
 /// The type of a stream of JSON lines.
@@ -111,6 +111,33 @@ pub(super) async fn status(State(shared): State<Arc<Shared>>) -> Json<Value> {
         status["absent"] = json!(tunnel.absent);
     }
     Json(status)
+}
+
+/// How the world sees the tunnel, and how far the relays are, as it looked last.
+pub(super) async fn netcheck(State(shared): State<Arc<Shared>>) -> Result<Json<Value>, Refusal> {
+    let status = tunnel_status(&shared).await;
+    let status = status.ok_or_else(|| Refusal::unavailable(why_not(&shared.service.tunnel.get())))?;
+    let netcheck = status.netcheck.ok_or_else(|| {
+        Refusal::unavailable("the tunnel has not looked yet; try again in a moment".to_owned())
+    })?;
+    let region = |region: &Region| {
+        let latencies = [region.v4, region.v6];
+        let [v4, v6] = latencies.map(|it| Some(Duration::try_from(it?).ok()?.as_secs_f64()));
+        json!({
+            "name": region.name, "home": region.home, "latency_v4_seconds": v4, "latency_v6_seconds": v6,
+        })
+    };
+    let at = netcheck.at.and_then(|at| SystemTime::try_from(at).ok());
+    Ok(Json(json!({
+        "age_seconds": at.map(|at| since(at).as_secs_f64()),
+        "udp": !netcheck.mapped_v4.is_empty() || !netcheck.mapped_v6.is_empty(),
+        "mapped_v4": said(&netcheck.mapped_v4),
+        "mapped_v6": said(&netcheck.mapped_v6),
+        "varies_by_destination": netcheck.varies_by_destination,
+        "direct_allowed": netcheck.direct_allowed,
+        "endpoints": netcheck.endpoints,
+        "regions": netcheck.regions.iter().map(region).collect::<Vec<_>>(),
+    })))
 }
 
 async fn tunnel_status(shared: &Shared) -> Option<TunnelStatus> {

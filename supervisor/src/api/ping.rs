@@ -59,7 +59,7 @@ pub(super) async fn ping(
 }
 
 /// Why no tunnel can be asked.
-fn why_not(tunnel: &TunnelState) -> String {
+pub(super) fn why_not(tunnel: &TunnelState) -> String {
     match tunnel.lifecycle {
         _ if !tunnel.error.is_empty() => format!("there is no tunnel: {}", tunnel.error),
         Lifecycle::Starting => "the tunnel is only starting; try again in a moment".to_owned(),

@@ -8,7 +8,10 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use uuid::Uuid;
 use warren_actors::runtime::Address;
 use warren_observability::exporter::{Exporter, Process};
-use warren_proto::{link::TunnelStatus, vpn};
+use warren_proto::{
+    link::{Netcheck, TunnelStatus, netcheck::Region},
+    vpn,
+};
 
 use super::*;
 use crate::{
@@ -47,7 +50,11 @@ impl Answers for Double {
     }
 
     fn status(&self) -> TunnelStatus {
-        TunnelStatus { control: "up".into(), home_region: "Lab".into(), ..Default::default() }
+        let region = Region { name: "Lab\u{7}".into(), home: true, ..Default::default() };
+        let netcheck =
+            Netcheck { mapped_v4: "203.0.113.9:1".into(), regions: vec![region], ..Default::default() };
+        let netcheck = Some(netcheck);
+        TunnelStatus { control: "up".into(), home_region: "Lab".into(), netcheck, ..Default::default() }
     }
 
     fn ping(
@@ -324,6 +331,18 @@ async fn status_and_tree_tell_of_both_processes() {
     assert_eq!(tree["processes"][0]["nodes"][1]["name"], "api");
     assert_eq!(tree["processes"][1]["process"], "tunnel");
     assert_eq!(tree["processes"][1]["pid"], 42);
+}
+
+#[tokio::test]
+async fn the_last_look_at_the_network_is_told_and_without_a_tunnel_why_there_is_none() {
+    let (status, body) = Bench::with_tunnel().await.get("/v1/netcheck").await;
+    assert_eq!(status, 200, "{body}");
+    let look: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!((&look["udp"], &look["mapped_v6"]), (&Value::from(true), &Value::Null));
+    assert_eq!(look["regions"][0]["name"], "Lab ", "what could move a cursor is taken out");
+    let (status, body) = Bench::new().await.get("/v1/netcheck").await;
+    assert_eq!(status, 503);
+    assert!(body.contains("warren up"), "{body}");
 }
 
 #[tokio::test]

@@ -17,8 +17,8 @@ use warren_observability::redact::one_line;
 use warren_proto::{
     correlator::Correlator,
     link::{
-        Fault, Frame, Ping, PingAgent, PingResult, Scrape, StatusRequest, TreeRequest, TunnelStatus,
-        frame::Body, tree::Node,
+        Fault, Frame, Netcheck, Ping, PingAgent, PingResult, Scrape, StatusRequest, TreeRequest,
+        TunnelStatus, frame::Body, tree::Node,
     },
 };
 
@@ -32,6 +32,8 @@ const MAX_TEXT: usize = 256;
 const MAX_NODES: usize = 256;
 /// Relays of the longest list that is taken over.
 const MAX_RELAYS: usize = 64;
+/// Own addresses of the longest list that is taken over.
+const MAX_ENDPOINTS: usize = 64;
 /// What a tunnel can lack at most.
 const MAX_ABSENT: usize = 32;
 
@@ -240,12 +242,25 @@ fn tame_status(mut status: TunnelStatus) -> TunnelStatus {
         }
     }
     status.absent.truncate(MAX_ABSENT);
+    if let Some(netcheck) = &mut status.netcheck {
+        tame_netcheck(netcheck);
+    }
     TunnelStatus {
         control: tame(status.control),
         control_error: tame(status.control_error),
         home_region: tame(status.home_region),
         absent: status.absent.into_iter().map(tame).collect(),
         ..status
+    }
+}
+
+fn tame_netcheck(netcheck: &mut Netcheck) {
+    netcheck.endpoints.truncate(MAX_ENDPOINTS);
+    netcheck.regions.truncate(MAX_RELAYS);
+    let names = netcheck.regions.iter_mut().map(|region| &mut region.name);
+    let own = [&mut netcheck.mapped_v4, &mut netcheck.mapped_v6];
+    for text in names.chain(own).chain(&mut netcheck.endpoints) {
+        *text = tame(std::mem::take(text));
     }
 }
 

@@ -9,8 +9,9 @@ use warren_actors::{
     pinger, registry,
     runtime::Cell,
 };
+use warren_core::{netcheck::Mappings, path::Direct};
 use warren_observability::{agents, exporter::Exporter, regions};
-use warren_proto::link::{TunnelStatus, tunnel_status::Relay};
+use warren_proto::link::{Netcheck, TunnelStatus, netcheck::Region, tunnel_status::Relay};
 
 use super::TunnelArgs;
 use crate::{
@@ -19,7 +20,9 @@ use crate::{
 };
 
 /// What people may expect and this build does not have.
-const ABSENT: &[&str] = &["direct paths (everything is relayed)", "host names (use the addresses)"];
+const ABSENT: &[&str] = &["host names (use the addresses)"];
+/// What is missing besides where no sockets could be had.
+const NO_SOCKETS: &str = "direct paths (there are no UDP sockets; everything is relayed)";
 /// What is missing besides where there is no device.
 const NO_DEVICE: &str = "a device (only pings work)";
 /// The pinger counts the limit itself, and its word that there was no answer should still arrive.
@@ -163,13 +166,37 @@ fn status(net: &Net) -> TunnelStatus {
         home_region: home.map(|home| map.region_name(Some(home))).unwrap_or_default(),
         home_latency: home_latency.and_then(|latency| latency.try_into().ok()),
         relays: net.relays.get().iter().map(relay).collect(),
-        absent: absent(Some(net.boot.network)),
+        absent: absent(Some(net)),
+        netcheck: netcheck(net),
     }
 }
 
-fn absent(network: Option<NetworkOwner>) -> Vec<String> {
-    let no_device = (network == Some(NetworkOwner::Nobody)).then_some(&NO_DEVICE);
-    ABSENT.iter().chain(no_device).map(ToString::to_string).collect()
+fn netcheck(net: &Net) -> Option<Netcheck> {
+    let (seen, map, home) = (net.netcheck.get(), net.relay_map.get(), *net.home.get());
+    let (at, report) = seen.report.as_ref()?;
+    let region = |region: &warren_core::relay_map::Region| {
+        let latency = report.latencies.get(&region.id).copied().unwrap_or_default();
+        let [v4, v6] = [latency.v4, latency.v6].map(|it| it.and_then(|it| it.try_into().ok()));
+        Region { name: region.name.clone(), v4, v6, home: Some(region.id) == home }
+    };
+    let Mappings { v4, v6, varies_by_destination } = seen.mappings;
+    Some(Netcheck {
+        at: Some((*at).into()),
+        mapped_v4: v4.map(|it| it.to_string()).unwrap_or_default(),
+        mapped_v6: v6.map(|it| it.to_string()).unwrap_or_default(),
+        varies_by_destination,
+        direct_allowed: *net.direct.get() == Direct::Allowed,
+        endpoints: net.endpoints.get().iter().map(ToString::to_string).collect(),
+        regions: map.relay_regions().map(region).collect(),
+    })
+}
+
+fn absent(net: Option<&Net>) -> Vec<String> {
+    let no_device = net.is_some_and(|net| net.boot.network == NetworkOwner::Nobody);
+    let no_sockets = net.is_some_and(|net| net.data_plane.local_ports().is_none());
+    let here = [(no_device, &NO_DEVICE), (no_sockets, &NO_SOCKETS)];
+    let here = here.into_iter().filter_map(|(is_missing, what)| is_missing.then_some(what));
+    ABSENT.iter().chain(here).map(ToString::to_string).collect()
 }
 
 #[cfg(test)]

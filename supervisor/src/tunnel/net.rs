@@ -6,11 +6,12 @@
 
 use std::{io, sync::Arc, time::Duration};
 
+use metrics::counter;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use warren_actors::{
     coordinator::{ControlMemory, Coordinator},
-    data_plane::{DataPlane, DataPlaneConfig, Events, LinkChange, Pong},
+    data_plane::{DataPlane, DataPlaneConfig, Events, LinkChange, PathChange, Pong, StunAnswer},
     dial::Dialer,
     facts::{Addresses, Boot, HostState, Identity, Net, NetworkOwner},
     packet_io::PacketIo,
@@ -18,8 +19,10 @@ use warren_actors::{
     registry::{self, Registry},
     relay::{self, RelayPart},
     runtime::{Address, Cell, CellWriter, View},
+    udp::UdpSockets,
 };
 use warren_core::relay_map::RegionId;
+use warren_observability::names;
 use warren_proto::key::NodePublic;
 
 use super::host::Host;
@@ -32,6 +35,8 @@ use crate::{
 /// Less than the session waits for the whole net before it answers a Stop.
 const PARTS_LIMIT: Duration = Duration::from_millis(2500);
 
+/// Whichever is free.
+const ANY_PORT: u16 = 0;
 /// What waits for the host part: changes of one cell.
 const HOST_MAILBOX: usize = 64;
 
@@ -146,13 +151,16 @@ fn parts(net: &Arc<Net>) -> SupervisorSpec {
 
 pub(super) fn assemble(boot: Arc<Boot>, dialer: Arc<Dialer>) -> io::Result<Net> {
     let (identity, addresses) = (Identity::generate(), Addresses::default());
+    let udp = UdpSockets::bind(ANY_PORT);
+    let udp =
+        udp.inspect_err(|error| tracing::warn!(%error, "there are no direct paths; everything is relayed"));
     let data_plane = DataPlane::start(DataPlaneConfig {
         node: identity.node.clone(),
         disco: identity.disco.clone(),
         address: identity.address,
         dialer,
         events: Arc::new(Ears(addresses.clone())),
-        udp: None,
+        udp: udp.ok(),
     })?;
     Ok(Net::new(boot, identity, data_plane, addresses))
 }
@@ -171,6 +179,20 @@ impl Events for Ears {
         if change == LinkChange::Up {
             let _ = self.0.pinger.try_send(pinger::Message::PathUp);
         }
+    }
+
+    fn path_changed(&self, change: PathChange) {
+        let way = |address: Option<_>| if address.is_some() { "p2p" } else { "derp" };
+        let (from, to) = (way(change.from), way(change.to));
+        counter!(names::PATH_CHANGES, "from" => from, "to" => to).increment(1);
+    }
+
+    fn stun(&self, answer: StunAnswer) {
+        let _ = self.0.relay.try_send(relay::Message::Stun(answer));
+    }
+
+    fn endpoints_wanted(&self) {
+        let _ = self.0.relay.try_send(relay::Message::EndpointsWanted);
     }
 
     fn handshake(&self, peer: NodePublic) {
