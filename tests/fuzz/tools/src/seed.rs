@@ -153,6 +153,11 @@ impl Seeds {
                 self.write("tailnet", &format!("{name}-{kind}"), &[kind | 62 << 2, 0, 2, said[0], said[1]])?;
             }
         }
+        for (name, kind, said) in
+            [("snapshot", 0, workspaces()), ("map", 2, relay_map()), ("node", 3, node())]
+        {
+            self.write("tailnet", name, &[&[kind], chunk(&said).as_slice()].concat())?;
+        }
         let all = "metrics_listen = \"[::1]:1\"\nmetrics_per_agent = true\nallow_http_hosts = [\"Dev.Example\"]\n\
                    extra_socket = \"/x\"\nca_file = \"/ca.pem\"\ngroup = \"g\"\n[log]\nformat = \"json\"\nfilter = \"debug\"\n\
                    [tunnel]\nbinary = \"/t\"\nversion = \"2.31.1\"\n";
@@ -261,6 +266,51 @@ fn role(line: &[u8]) -> u8 {
 }
 
 /// With the length in front that targets read.
+/// A protobuf field of bytes, of a text or of a message; all are short.
+fn field(number: u8, value: &[u8]) -> Vec<u8> {
+    [&[number << 3 | 2, value.len() as u8], value].concat()
+}
+
+/// A workspace with an agent.
+fn workspaces() -> Vec<u8> {
+    let (workspace, agent) = ([1; 16], [2; 16]);
+    let named = |id: &[u8], name: &str| [field(1, id), field(2, name.as_bytes())].concat();
+    let agent = [named(&agent, "main"), field(3, &workspace)].concat();
+    [field(1, &named(&workspace, "dev")), field(2, &agent)].concat()
+}
+
+/// A region with a relay and a STUN server.
+fn relay_map() -> Vec<u8> {
+    let relay =
+        [field(1, b"1a"), field(3, b"relay.example"), field(5, b"192.0.2.1"), field(6, b"none")].concat();
+    let stun =
+        [field(1, b"1b"), field(3, b"stun.example"), vec![8 << 3, 1], field(12, b"2001:db8::1")].concat();
+    let region =
+        [vec![1 << 3, 1], field(3, b"one"), field(4, b"One"), field(6, &relay), field(6, &stun)].concat();
+    field(2, &[vec![1 << 3, 1], field(2, &region)].concat())
+}
+
+/// A peer that says where it is.
+fn node() -> Vec<u8> {
+    let disco = format!("discokey:{}", "11".repeat(32));
+    let address = b"fd60:627a:a42b::1/128";
+    let node = [
+        vec![1 << 3, 7],
+        field(3, &[b"np".as_slice(), &[0x22; 32]].concat()),
+        field(4, disco.as_bytes()),
+        vec![5 << 3, 1],
+        field(8, address),
+        field(9, address),
+        field(10, b"192.0.2.1:41641"),
+        field(10, b"[2001:db8::1]:1"),
+    ]
+    .concat();
+    // Longer than one byte tells.
+    let node = [&[2 << 3 | 2, node.len() as u8 | 0x80, (node.len() >> 7) as u8], node.as_slice()].concat();
+    let update = [field(1, &[3; 16]), node, vec![3 << 3, 1]].concat();
+    [&[1 << 3 | 2, update.len() as u8 | 0x80, (update.len() >> 7) as u8], update.as_slice()].concat()
+}
+
 fn chunk(bytes: &[u8]) -> Vec<u8> {
     let length = u16::try_from(bytes.len()).unwrap_or(u16::MAX).to_be_bytes();
     [length.as_slice(), bytes].concat()
