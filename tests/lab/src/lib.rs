@@ -18,6 +18,7 @@
 mod agent;
 mod control;
 pub mod payload;
+pub mod reference;
 mod relay;
 #[cfg(test)]
 mod tests;
