@@ -114,7 +114,7 @@ fn a_deployment_that_drips_is_given_up() {
 
 #[test]
 fn a_deployment_that_stays_silent_after_the_upgrade_is_given_up() {
-    spoilt(&["sent no"], |_, _| crook::hold());
+    spoilt(&["does not answer any more"], |_, _| crook::hold());
 }
 
 #[test]

@@ -6,11 +6,13 @@
 //! them. Its relay connection is a pipe in memory instead of a socket: a thousand agents need no descriptors.
 
 pub(crate) mod core;
+mod direct;
 mod page;
 pub(crate) mod small;
 mod stack;
 
 use std::{
+    net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -18,6 +20,7 @@ use std::{
 use bytes::BytesMut;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
+    net::UdpSocket,
     sync::{Notify, mpsc, watch},
     time::sleep_until,
 };
@@ -31,6 +34,7 @@ use warren_proto::{
 };
 
 use self::core::{Core, Counters};
+pub use self::direct::Cut;
 pub(crate) use self::stack::HTTP_PORT;
 use crate::{
     control::coordinator::{Auth, Coordinator, Gone, Place},
@@ -47,12 +51,16 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// How often WireGuard's time passes, in steps of all agents.
 const TICK: Duration = Duration::from_millis(250);
 const TICKS_PER_SECOND: u32 = 4;
+/// Bytes of the longest datagram that is read.
+const LONGEST_DATAGRAM: usize = 2048;
 
 /// What an agent needs of the lab.
 pub(crate) struct Home {
     pub(crate) region: u16,
     pub(crate) relay: Relay,
     pub(crate) coordinator: Arc<Coordinator>,
+    /// The socket for direct paths, if there are to be any, and the STUN servers that are asked from it.
+    pub(crate) udp: Option<(UdpSocket, Vec<SocketAddr>)>,
 }
 
 /// A running agent.
@@ -101,17 +109,23 @@ pub struct AgentStats {
     pub sent_bytes: u64,
     /// Logins at the relay.
     pub relay_logins: u64,
+    /// Datagrams of peers that came over UDP.
+    pub direct_datagrams: u64,
 }
 
 impl Agent {
     pub(crate) fn start(id: Uuid, title: String, home: Home, work: &Work, counters: Arc<Counters>) -> Self {
         let work = work.child();
-        let core = Core::new(id, title, home.region, Arc::clone(&counters));
+        let mut core = Core::new(id, title, home.region, Arc::clone(&counters));
+        let Home { region, relay, coordinator, udp } = home;
+        let socket = udp.and_then(|(socket, servers)| {
+            core.go_direct(socket.local_addr().ok()?, servers);
+            Some(socket)
+        });
         let core = Arc::new(Shared { core: Mutex::new(core), wake: Notify::new() });
-        let Home { region, relay, coordinator } = home;
         let (homes, moves) = watch::channel((region, relay));
         let (shared, inner) = (Arc::clone(&core), work.clone());
-        work.spawn(async move { run(id, shared, coordinator, moves, inner, counters).await });
+        work.spawn(async move { run(id, shared, coordinator, moves, inner, counters, socket).await });
         Self { core, homes, work }
     }
 
@@ -127,6 +141,10 @@ impl Agent {
 
     pub(crate) fn mute(&self, is_mute: bool) {
         self.core.lock().mute(is_mute);
+    }
+
+    pub(crate) fn cut(&self, cut: Cut) {
+        self.core.lock().cut(cut);
     }
 
     /// Ends this life.
@@ -155,6 +173,7 @@ pub(crate) fn stats(counters: &Counters) -> AgentStats {
         received_bytes: read(&counters.received_bytes),
         sent_bytes: read(&counters.sent_bytes),
         relay_logins: read(&counters.relay_logins),
+        direct_datagrams: read(&counters.direct_datagrams),
     }
 }
 
@@ -179,7 +198,7 @@ struct Membership {
 }
 
 impl Membership {
-    fn join(id: Uuid, coordinator: &Arc<Coordinator>, core: &Core) -> Self {
+    fn join(id: Uuid, coordinator: &Arc<Coordinator>, core: &mut Core) -> Self {
         let coordinator = Arc::clone(coordinator);
         let (place, responses) = coordinator.open(id, Auth::Agent);
         let mut member = Self { coordinator, place, responses, told: None };
@@ -187,9 +206,10 @@ impl Membership {
         member
     }
 
-    /// Tells the node, unless its home has been told.
-    fn say_home(&mut self, core: &Core) {
-        if self.told.replace(core.region()) != Some(core.region()) {
+    /// Tells the node, unless its home and its endpoints have been told.
+    fn say_home(&mut self, core: &mut Core) {
+        let has_news = core.take_news();
+        if self.told.replace(core.region()) != Some(core.region()) || has_news {
             let update_self = Some(UpdateSelf { node: Some(core.node_message()) });
             self.say(CoordinateRequest { update_self, ..CoordinateRequest::default() });
         }
@@ -223,6 +243,7 @@ async fn run(
     mut homes: watch::Receiver<(u16, Relay)>,
     work: Work,
     counters: Arc<Counters>,
+    socket: Option<UdpSocket>,
 ) {
     let mut member = None;
     loop {
@@ -233,10 +254,10 @@ async fn run(
             if let Some(buffer) = log_in(&shared, &mut pipe).await {
                 core::count(&counters.relay_logins, 1);
                 // Only who can be reached says where.
-                let join = || Membership::join(id, &coordinator, &shared.lock());
+                let join = || Membership::join(id, &coordinator, &mut shared.lock());
                 let member = member.get_or_insert_with(join);
-                member.say_home(&shared.lock());
-                serve(id, &shared, member, pipe, buffer).await;
+                member.say_home(&mut shared.lock());
+                serve(id, &shared, member, pipe, buffer, socket.as_ref()).await;
             }
             tokio::time::sleep(PAUSE).await;
         };
@@ -289,7 +310,9 @@ async fn serve(
     member: &mut Membership,
     mut pipe: DuplexStream,
     mut buffer: BytesMut,
+    socket: Option<&UdpSocket>,
 ) {
+    let mut datagram = vec![0; if socket.is_some() { LONGEST_DATAGRAM } else { 0 }];
     let mut room = *READ.start();
     let mut out = BytesMut::new();
     let mut due = None;
@@ -311,9 +334,18 @@ async fn serve(
                     // Displaced, or the coordinator has closed.
                     tokio::time::sleep(PAUSE).await;
                     let coordinator = Arc::clone(&member.coordinator);
-                    *member = Membership::join(id, &coordinator, &shared.lock());
+                    *member = Membership::join(id, &coordinator, &mut shared.lock());
                 }
             },
+            (length, from) = receive(socket, &mut datagram) => {
+                let mut core = shared.lock();
+                let now = Instant::now();
+                core.datagram(from, datagram.get(..length).unwrap_or_default(), now);
+                // More may have come together; the rest is read as soon as these are answered.
+                while let Some(Ok((length, from))) = socket.map(|socket| socket.try_recv_from(&mut datagram)) {
+                    core.datagram(from, datagram.get(..length).unwrap_or_default(), now);
+                }
+            }
             () = shared.wake.notified() => {}
             () = at(due) => {}
         }
@@ -327,12 +359,27 @@ async fn serve(
             due = core.due(now);
             out.clear();
             core.take_output(&mut out);
+            member.say_home(&mut core);
+            while let Some((to, packet)) = core.take_datagram() {
+                // What does not fit is lost, as on any network.
+                let _ = socket.map(|socket| socket.try_send_to(&packet, to));
+            }
         }
         if !out.is_empty() && pipe.write_all(&out).await.is_err() {
             return;
         }
         if out.capacity() > *READ.end() {
             out = BytesMut::new();
+        }
+    }
+}
+
+async fn receive(socket: Option<&UdpSocket>, buffer: &mut [u8]) -> (usize, SocketAddr) {
+    let Some(socket) = socket else { return std::future::pending().await };
+    loop {
+        // An error is about a datagram that nobody took.
+        if let Ok(received) = socket.recv_from(buffer).await {
+            return received;
         }
     }
 }

@@ -10,9 +10,9 @@
 //! ```
 //! Everything ends with the [`Lab`]. Nothing here is for production: randomness aside, no secret is kept.
 //!
-//! What a real deployment does and this one does not: HTTP/2, TLS, `Derp-Fast-Start`, direct paths and STUN,
-//! rate limits that count, the per-agent endpoints, several replicas. Agents answer over their home relay
-//! only.
+//! What a real deployment does and this one does not: HTTP/2, TLS, `Derp-Fast-Start`,
+//! rate limits that count, the per-agent endpoints. Agents answer over their home relay, and directly where that
+//! is wanted ([`LabOptions::direct`]).
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 mod agent;
@@ -20,6 +20,7 @@ mod control;
 pub mod payload;
 pub mod reference;
 mod relay;
+mod stun;
 #[cfg(test)]
 mod tests;
 mod work;
@@ -31,7 +32,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::{net::TcpListener, sync::watch};
+use tokio::{
+    net::{TcpListener, UdpSocket},
+    sync::watch,
+};
 use uuid::Uuid;
 use warren_proto::{
     address::coder_address,
@@ -46,7 +50,7 @@ use self::{
     work::Work,
 };
 pub use self::{
-    agent::{AgentStats, End},
+    agent::{AgentStats, Cut, End},
     control::{
         BUILD_VERSION, CallFault, Check, Connection, Control, Device, EMBEDDED_REGION, Ended, Endpoint,
         FIRST_FURTHER_REGION, HttpFault, Layer, MapError, MapSource, Method, Raw, Recording, ReplicaHealth,
@@ -87,6 +91,8 @@ pub struct LabOptions {
     pub force_websockets: bool,
     /// What is told about direct connections.
     pub disable_direct: bool,
+    /// Whether agents have sockets for direct paths, and the lab a STUN server.
+    pub direct: bool,
     /// STUN servers, each `host:port`, that the relay map names; nothing listens there for the lab.
     pub stun_servers: Vec<String>,
     /// A relay map to begin with, to which the lab's own regions are added.
@@ -128,6 +134,7 @@ impl Default for LabOptions {
             api_version: (2, 10),
             force_websockets: false,
             disable_direct: false,
+            direct: false,
             stun_servers: Vec::new(),
             relay_map: None,
             is_browser_only: false,
@@ -182,6 +189,8 @@ pub struct Lab {
     url: String,
     token: String,
     relays: Vec<(u16, Relay)>,
+    /// Where the lab's own STUN server is, if it has one.
+    stun_server: Vec<SocketAddr>,
     agents: Arc<Mutex<Vec<Slot>>>,
     work: Work,
 }
@@ -212,6 +221,14 @@ impl Lab {
             None => Default::default(),
         };
         let own = relay_map::own_regions(address, &places);
+        let mut options = options;
+        let mut stun_server = Vec::new();
+        if options.direct {
+            let (socket, address) = bind_udp(options.listen)?;
+            stun::serve(socket, &work);
+            options.stun_servers.push(address.to_string());
+            stun_server.push(address);
+        }
         let stun = (!options.disable_direct).then_some(options.stun_servers.as_slice());
         let map = relay_map::build(base, own, stun)?;
         let (url, token) = (format!("http://{address}"), random_token());
@@ -232,7 +249,8 @@ impl Lab {
                 telling.flush_telemetry();
             }
         });
-        let lab = Self { control: Control(state), url, token, relays, agents: Arc::default(), work };
+        let agents = Arc::default();
+        let lab = Self { control: Control(state), url, token, relays, stun_server, agents, work };
         let ticking = Arc::clone(&lab.agents);
         lab.work.spawn(agent::tick_all(move |each| {
             lock(&ticking).iter().filter_map(|slot| slot.running.as_ref()).for_each(each);
@@ -359,6 +377,15 @@ impl Lab {
         }
     }
 
+    /// Loses datagrams of an agent from now on, without a word to anybody.
+    pub fn cut_udp(&self, id: Uuid, cut: Cut) {
+        let agents = lock(&self.agents);
+        let slot = agents.iter().find(|slot| slot.id == id);
+        if let Some(agent) = slot.and_then(|slot| slot.running.as_ref()) {
+            agent.cut(cut);
+        }
+    }
+
     /// Adds a running workspace with agents of these names. Returns the agents.
     pub fn add_workspace(&self, name: &str, agent_names: &[&str]) -> Vec<AgentInfo> {
         let workspace = random_id();
@@ -453,7 +480,10 @@ impl Lab {
     ) -> Option<Agent> {
         let (number, relay) = self.relays.get(region)?;
         let coordinator = Arc::clone(&self.control.0.coordinator);
-        let home = Home { region: *number, relay: relay.clone(), coordinator };
+        let is_direct = self.control.0.options.direct;
+        let socket = is_direct.then(|| bind_udp(self.control.0.options.listen).ok()).flatten();
+        let udp = socket.map(|(socket, _)| (socket, self.stun_server.clone()));
+        let home = Home { region: *number, relay: relay.clone(), coordinator, udp };
         Some(Agent::start(id, title.to_owned(), home, &self.work, Arc::clone(counters)))
     }
 
@@ -499,6 +529,15 @@ async fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), LabError
     let listener = TcpListener::bind(address).await.map_err(fail)?;
     let bound = listener.local_addr().map_err(fail)?;
     Ok((listener, bound))
+}
+
+fn bind_udp(ip: IpAddr) -> Result<(UdpSocket, SocketAddr), LabError> {
+    let address = SocketAddr::new(ip, 0);
+    let fail = |error| LabError::Listen { address, error };
+    let socket = std::net::UdpSocket::bind(address).map_err(fail)?;
+    socket.set_nonblocking(true).map_err(fail)?;
+    let bound = socket.local_addr().map_err(fail)?;
+    Ok((UdpSocket::from_std(socket).map_err(fail)?, bound))
 }
 
 fn lock(agents: &Mutex<Vec<Slot>>) -> MutexGuard<'_, Vec<Slot>> {

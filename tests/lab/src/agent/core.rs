@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::Ipv6Addr,
+    net::{Ipv6Addr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -19,14 +19,19 @@ use warren_actors::wireguard::{
 use warren_proto::{
     address::{Cidr, coder_address, node_id, tailscale_address},
     key::{BoxShared, DiscoPrivate, DiscoPublic, NodePrivate, NodePublic},
+    stun::is_stun,
     tailnet::{self, coordinate_response::peer_update::Kind},
 };
 
 use super::{
+    direct::{self, Cut, Direct, Voice},
     small::{self, ICMPV6, TSMP},
     stack::{MTU, Stack},
 };
-use crate::relay::wire;
+use crate::{
+    reference::{Reference, Via},
+    relay::wire,
+};
 
 /// What has happened to an agent since the lab was started; restarts count on.
 #[derive(Debug, Default)]
@@ -39,6 +44,7 @@ pub(crate) struct Counters {
     pub(crate) received_bytes: AtomicU64,
     pub(crate) sent_bytes: AtomicU64,
     pub(crate) relay_logins: AtomicU64,
+    pub(crate) direct_datagrams: AtomicU64,
 }
 
 pub(super) fn count(counter: &AtomicU64, by: usize) {
@@ -65,6 +71,10 @@ pub(super) struct Core {
     out: BytesMut,
     buffer: Vec<u8>,
     is_mute: bool,
+    /// `None`: everything is relayed.
+    direct: Option<Direct>,
+    /// Whether the coordinator does not know our endpoints yet.
+    has_news: bool,
     counters: Arc<Counters>,
 }
 
@@ -74,6 +84,7 @@ struct Peer {
     disco: BoxShared,
     addresses: Vec<Ipv6Addr>,
     last_ping: Option<[u8; 12]>,
+    path: Reference,
 }
 
 impl Core {
@@ -97,8 +108,32 @@ impl Core {
             out: BytesMut::new(),
             buffer: Vec::new(),
             is_mute: false,
+            direct: None,
+            has_news: false,
             counters,
         }
+    }
+
+    /// Speaks to peers directly too, from a socket at this address.
+    pub(super) fn go_direct(&mut self, local: SocketAddr, stun_servers: Vec<SocketAddr>) {
+        self.direct = Some(Direct::new(local, stun_servers));
+        self.has_news = true;
+    }
+
+    pub(super) fn cut(&mut self, cut: Cut) {
+        if let Some(direct) = &mut self.direct {
+            direct.set_cut(cut);
+        }
+    }
+
+    /// Whether endpoints are to be told, which they count as by then.
+    pub(super) fn take_news(&mut self) -> bool {
+        std::mem::take(&mut self.has_news)
+    }
+
+    /// The next datagram for the socket.
+    pub(super) fn take_datagram(&mut self) -> Option<(SocketAddr, Vec<u8>)> {
+        self.direct.as_mut()?.take()
     }
 
     pub(super) fn private(&self) -> &NodePrivate {
@@ -136,7 +171,7 @@ impl Core {
             derp_forced_websocket: BTreeMap::new(),
             allowed_ips: addresses.clone(),
             addresses,
-            endpoints: Vec::new(),
+            endpoints: self.endpoints().iter().map(ToString::to_string).collect(),
         }
     }
 
@@ -179,10 +214,19 @@ impl Core {
                 let engine = self.engines.engine(&key, self.next_index, now);
                 self.next_index = (self.next_index + 1) & 0x00ff_ffff;
                 let disco = self.disco.shared(&disco_public);
-                let peer =
-                    Peer { engine, disco_public, disco, addresses: addresses.clone(), last_ping: None };
+                let path = Reference::new();
+                let addresses = addresses.clone();
+                let peer = Peer { engine, disco_public, disco, addresses, last_ping: None, path };
                 self.peers.insert(key, peer);
             }
+        }
+        let own = self.endpoints();
+        if let Some(peer) = self.peers.get_mut(&key).filter(|_| self.direct.is_some()) {
+            let endpoints: Vec<SocketAddr> = node.endpoints.iter().filter_map(|it| it.parse().ok()).collect();
+            peer.path.handle_own_endpoints(now, &own);
+            peer.path.handle_node(now, &endpoints);
+            peer.path.handle_ready(now);
+            self.follow_path(key, now);
         }
         self.by_id.insert(id, key);
         self.by_address.retain(|_, owner| *owner != key);
@@ -193,6 +237,9 @@ impl Core {
     fn forget(&mut self, id: Uuid) {
         if let Some(key) = self.by_id.remove(&id) {
             self.peers.remove(&key);
+            if let Some(direct) = &mut self.direct {
+                direct.forget(&key);
+            }
             self.by_address.retain(|_, owner| *owner != key);
         }
     }
@@ -202,7 +249,7 @@ impl Core {
         match kind {
             wire::RECV_PACKET => {
                 if let Some((from, packet)) = body.split_first_chunk().filter(|_| !self.is_mute) {
-                    self.packet(NodePublic(*from), packet, now);
+                    self.packet(NodePublic(*from), Via::Relay, packet, now);
                 }
             }
             wire::PING => {
@@ -214,9 +261,87 @@ impl Core {
         }
     }
 
-    fn packet(&mut self, from: NodePublic, packet: &[u8], now: Instant) {
+    /// Takes a datagram of the socket.
+    pub(super) fn datagram(&mut self, from: SocketAddr, packet: &[u8], now: Instant) {
+        let Some(direct) = self.direct.as_mut().filter(|direct| !direct.is_deaf()) else { return };
+        if is_stun(packet) {
+            if direct.answered(packet) {
+                self.has_news = true;
+                let own = direct.endpoints();
+                self.peers.values_mut().for_each(|peer| peer.path.handle_own_endpoints(now, &own));
+                self.follow_paths(now);
+            }
+            return;
+        }
+        let owner = match small::disco_sender(packet) {
+            // Every peer has a disco key of its own here.
+            Some(sender) => self.peers.iter().find(|(_, peer)| peer.disco_public == sender).map(|it| *it.0),
+            None => direct.owner(&from),
+        };
+        if let Some(owner) = owner.filter(|_| !self.is_mute) {
+            count(&self.counters.direct_datagrams, 1);
+            self.packet(owner, Via::Direct(from), packet, now);
+        }
+    }
+
+    fn endpoints(&self) -> Vec<SocketAddr> {
+        self.direct.as_ref().map(Direct::endpoints).unwrap_or_default()
+    }
+
+    /// Takes a probe where direct paths are known.
+    fn probe(&mut self, direct: &mut Direct, from: NodePublic, via: Via, packet: &[u8], now: Instant) {
+        let Some(peer) = self.peers.get_mut(&from) else { return };
+        let voice =
+            Voice { own: &self.disco_public, node: &self.public, shared: &peer.disco, region: self.region };
+        let out = &mut self.out;
+        let relay = |packet: &[u8]| wire::put(out, wire::SEND_PACKET, &[&from.0, packet]);
+        if direct::probed(&mut peer.path, direct, &voice, via, packet, now, relay) {
+            count(&self.counters.disco_pings, 1);
+        }
+    }
+
+    /// Does what a path wants done.
+    fn follow_path(&mut self, key: NodePublic, now: Instant) {
+        let (Some(direct), Some(peer)) = (&mut self.direct, self.peers.get_mut(&key)) else { return };
+        let voice =
+            Voice { own: &self.disco_public, node: &self.public, shared: &peer.disco, region: self.region };
+        let out = &mut self.out;
+        let relay = |packet: &[u8]| wire::put(out, wire::SEND_PACKET, &[&key.0, packet]);
+        direct::carry_out(&mut peer.path, direct, key, &voice, now, relay);
+    }
+
+    fn follow_paths(&mut self, now: Instant) {
+        for key in self.peers.keys().copied().collect::<Vec<_>>() {
+            self.follow_path(key, now);
+        }
+    }
+
+    /// Sends what WireGuard has made, by the way that the path names.
+    fn transmit(&mut self, to: NodePublic, packet: &[u8], now: Instant) {
+        let Some(direct) = &mut self.direct else {
+            return wire::put(&mut self.out, wire::SEND_PACKET, &[&to.0, packet]);
+        };
+        let Some(peer) = self.peers.get_mut(&to) else { return };
+        let route = peer.path.route(now);
+        if let Some(address) = route.direct {
+            direct.send(address, packet.to_vec());
+        }
+        if route.relay {
+            wire::put(&mut self.out, wire::SEND_PACKET, &[&to.0, packet]);
+        }
+        self.follow_path(to, now);
+    }
+
+    fn packet(&mut self, from: NodePublic, via: Via, packet: &[u8], now: Instant) {
         let Some(peer) = self.peers.get_mut(&from) else { return };
         if let Some(sender) = small::disco_sender(packet) {
+            if sender == peer.disco_public
+                && let Some(mut direct) = self.direct.take()
+            {
+                self.probe(&mut direct, from, via, packet, now);
+                self.direct = Some(direct);
+                return self.follow_path(from, now);
+            }
             if sender != peer.disco_public {
                 return;
             }
@@ -239,8 +364,8 @@ impl Core {
                 session
             }
             Opened::Answer { len, session } => {
-                let answer = self.buffer.get(..len).unwrap_or_default();
-                wire::put(&mut self.out, wire::SEND_PACKET, &[&from.0, answer]);
+                let answer = self.buffer.get(..len).unwrap_or_default().to_vec();
+                self.transmit(from, &answer, now);
                 session
             }
             Opened::Nothing { session } | Opened::Malformed { session } => session,
@@ -289,20 +414,28 @@ impl Core {
         let mut room = [0; seal_room(MTU)];
         let Some(out) = room.get_mut(..seal_room(packet.len())) else { return };
         if let Sealed::Data(len) | Sealed::Handshake(len) = peer.engine.seal(now, plain, out) {
-            wire::put(&mut self.out, wire::SEND_PACKET, &[&to.0, out.get(..len).unwrap_or_default()]);
+            self.transmit(to, room.get(..len).unwrap_or_default(), now);
         }
     }
 
     fn drain(&mut self, to: NodePublic, now: Instant) {
-        let Some(peer) = self.peers.get_mut(&to) else { return };
         let mut room = [0; seal_room(MTU)];
-        while let Some(len) = peer.engine.drain(now, &mut room) {
-            wire::put(&mut self.out, wire::SEND_PACKET, &[&to.0, room.get(..len).unwrap_or_default()]);
+        while let Some(len) = self.peers.get_mut(&to).and_then(|peer| peer.engine.drain(now, &mut room)) {
+            self.transmit(to, room.get(..len).unwrap_or_default(), now);
         }
     }
 
-    /// Lets TCP work after packets came in or its time has come.
+    /// Lets paths and TCP work after packets came in or their time has come.
     pub(super) fn poll(&mut self, now: Instant) {
+        if let Some(direct) = self.direct.as_mut() {
+            if direct.due(now) <= now {
+                direct.ask(now);
+            }
+            for peer in self.peers.values_mut() {
+                peer.path.handle_timeout(now);
+            }
+            self.follow_paths(now);
+        }
         let Some(mut stack) = self.stack.take() else { return };
         stack.poll(now, |packet| {
             let destination = small::ipv6(packet).and_then(|(_, to, _)| self.by_address.get(&to).copied());
@@ -316,7 +449,10 @@ impl Core {
 
     /// When [`Core::poll`] is due without a packet.
     pub(super) fn due(&mut self, now: Instant) -> Option<Instant> {
-        self.stack.as_mut()?.due(now)
+        let stack = self.stack.as_mut().and_then(|stack| stack.due(now));
+        let Some(direct) = &self.direct else { return stack };
+        let paths = self.peers.values().filter_map(|peer| peer.path.poll_timeout());
+        paths.chain(stack).chain([direct.due(now)]).min()
     }
 
     /// Lets WireGuard's time pass. Returns whether there is something to send.
@@ -328,12 +464,13 @@ impl Core {
             self.engines.reset_guard();
         }
         let mut room = [0; seal_room(MTU)];
-        for (key, peer) in &mut self.peers {
-            if let Ticked::Send(len) = peer.engine.tick(now, &mut room) {
-                wire::put(&mut self.out, wire::SEND_PACKET, &[&key.0, room.get(..len).unwrap_or_default()]);
+        for key in self.peers.keys().copied().collect::<Vec<_>>() {
+            let ticked = self.peers.get_mut(&key).map(|peer| peer.engine.tick(now, &mut room));
+            if let Some(Ticked::Send(len)) = ticked {
+                self.transmit(key, room.get(..len).unwrap_or_default(), now);
             }
         }
-        !self.out.is_empty()
+        !self.out.is_empty() || self.direct.is_some()
     }
 
     /// Takes what is to be written to the relay.
