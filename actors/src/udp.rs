@@ -2,8 +2,8 @@
 //! alike (tailnet-data 7.11).
 //!
 //! [`UdpSockets`] are made by the composition, or elsewhere and handed over; the data plane registers them on
-//! its own thread as [`Sockets`], and replaces them when they are to be bound anew. What is sent in batches is
-//! gathered in [`Runs`]; what comes is read into [`Received`]. Nothing here knows peers.
+//! its own thread as `Sockets`, and replaces them when they are to be bound anew. What is sent in batches is
+//! gathered in `Runs`; what comes is read into `Received`. Nothing here knows peers.
 
 use std::{
     io,
