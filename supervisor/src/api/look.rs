@@ -130,7 +130,7 @@ pub(super) async fn netcheck(State(shared): State<Arc<Shared>>) -> Result<Json<V
     let at = netcheck.at.and_then(|at| SystemTime::try_from(at).ok());
     Ok(Json(json!({
         "age_seconds": at.map(|at| since(at).as_secs_f64()),
-        "udp": !netcheck.mapped_v4.is_empty() || !netcheck.mapped_v6.is_empty(),
+        "udp": netcheck.udp,
         "mapped_v4": said(&netcheck.mapped_v4),
         "mapped_v6": said(&netcheck.mapped_v6),
         "varies_by_destination": netcheck.varies_by_destination,

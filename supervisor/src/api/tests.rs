@@ -51,8 +51,12 @@ impl Answers for Double {
 
     fn status(&self) -> TunnelStatus {
         let region = Region { name: "Lab\u{7}".into(), home: true, ..Default::default() };
-        let netcheck =
-            Netcheck { mapped_v4: "203.0.113.9:1".into(), regions: vec![region], ..Default::default() };
+        let netcheck = Netcheck {
+            udp: Some(true),
+            mapped_v4: "203.0.113.9:1".into(),
+            regions: vec![region],
+            ..Default::default()
+        };
         let netcheck = Some(netcheck);
         TunnelStatus { control: "up".into(), home_region: "Lab".into(), netcheck, ..Default::default() }
     }

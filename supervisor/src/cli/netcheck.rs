@@ -15,7 +15,7 @@ Examples:
   warren netcheck --json | jq '.regions[] | select(.home)'
 
 The tunnel looks about every 20 s while it is in use, and whenever the network changes; this shows its
-last look. Exit status 0 if UDP gets out and back, else 6: then everything is relayed.";
+last look. Exit status 6 if UDP does not get out and back: then everything is relayed.";
 
 /// Show how the world sees this machine, and how far the relays are
 #[derive(clap::Args)]
@@ -34,8 +34,8 @@ pub(crate) async fn run(reach: Reach, args: Args) -> Outcome {
     } else {
         say(printable(text(&look).trim_end()))?;
     }
-    let has_udp = look.get("udp").and_then(Value::as_bool) == Some(true);
-    Ok(if has_udp { Exit::Ok } else { Exit::Unhealthy })
+    let is_blocked = look.get("udp").and_then(Value::as_bool) == Some(false);
+    Ok(if is_blocked { Exit::Unhealthy } else { Exit::Ok })
 }
 
 fn text(look: &Value) -> String {

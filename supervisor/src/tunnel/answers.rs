@@ -179,12 +179,14 @@ fn netcheck(net: &Net) -> Option<Netcheck> {
         let [v4, v6] = [latency.v4, latency.v6].map(|it| it.and_then(|it| it.try_into().ok()));
         Region { name: region.name.clone(), v4, v6, home: Some(region.id) == home }
     };
+    let was_asked = report.can_send_v4.is_some() || report.can_send_v6.is_some();
     let Mappings { v4, v6, varies_by_destination } = seen.mappings;
     Some(Netcheck {
         at: Some((*at).into()),
         mapped_v4: v4.map(|it| it.to_string()).unwrap_or_default(),
         mapped_v6: v6.map(|it| it.to_string()).unwrap_or_default(),
         varies_by_destination,
+        udp: (report.has_udp() || was_asked).then_some(report.has_udp()),
         direct_allowed: *net.direct.get() == Direct::Allowed,
         endpoints: net.endpoints.get().iter().map(ToString::to_string).collect(),
         regions: map.relay_regions().map(region).collect(),

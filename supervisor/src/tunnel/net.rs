@@ -6,12 +6,11 @@
 
 use std::{io, sync::Arc, time::Duration};
 
-use metrics::counter;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use warren_actors::{
     coordinator::{ControlMemory, Coordinator},
-    data_plane::{DataPlane, DataPlaneConfig, Events, LinkChange, PathChange, Pong, StunAnswer},
+    data_plane::{DataPlane, DataPlaneConfig, Events, LinkChange, Pong, StunAnswer},
     dial::Dialer,
     facts::{Addresses, Boot, HostState, Identity, Net, NetworkOwner},
     packet_io::PacketIo,
@@ -22,7 +21,6 @@ use warren_actors::{
     udp::UdpSockets,
 };
 use warren_core::relay_map::RegionId;
-use warren_observability::names;
 use warren_proto::key::NodePublic;
 
 use super::host::Host;
@@ -179,12 +177,6 @@ impl Events for Ears {
         if change == LinkChange::Up {
             let _ = self.0.pinger.try_send(pinger::Message::PathUp);
         }
-    }
-
-    fn path_changed(&self, change: PathChange) {
-        let way = |address: Option<_>| if address.is_some() { "p2p" } else { "derp" };
-        let (from, to) = (way(change.from), way(change.to));
-        counter!(names::PATH_CHANGES, "from" => from, "to" => to).increment(1);
     }
 
     fn stun(&self, answer: StunAnswer) {
