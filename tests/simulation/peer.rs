@@ -7,12 +7,15 @@ use std::{
 };
 
 use warren_core::{
-    path::{Direct, Path, ReceiveMap, RelayStands, Route, Via},
+    path::{Direct, ReceiveMap, RelayStands, Route, Via},
     relay_map::RegionId,
 };
 use warren_proto::{disco::TxId, key::NodePublic};
 
-use super::network::HostId;
+use super::{
+    engine::{Engine, Make},
+    network::HostId,
+};
 
 /// The only region of these worlds.
 pub(crate) const REGION: RegionId = RegionId(1);
@@ -48,6 +51,7 @@ pub(crate) enum Said {
 
 /// A peer of the world.
 pub(crate) struct Peer {
+    pub(crate) make: Make,
     pub(crate) host: HostId,
     /// Of its sockets.
     pub(crate) port: u16,
@@ -57,14 +61,14 @@ pub(crate) struct Peer {
     pub(crate) endpoints: Vec<SocketAddr>,
     /// Whether its link to the relay is up.
     pub(crate) has_relay: bool,
+    pub(crate) policy: Direct,
 }
 
 /// What a peer knows of another.
-#[derive(Default)]
 pub(crate) struct Other {
-    pub(crate) path: Path,
-    /// How many packets were sent to it.
-    pub(crate) sent: u64,
+    pub(crate) path: Engine,
+    /// When each of the packets to it was sent.
+    pub(crate) sent: Vec<Instant>,
     /// Which of its packets came, each counted once.
     pub(crate) received: BTreeSet<u64>,
     last_sent: Option<Instant>,
@@ -82,13 +86,22 @@ pub(crate) enum Reaction {
 }
 
 impl Peer {
-    pub(crate) fn new(host: HostId, port: u16) -> Self {
+    pub(crate) fn new(make: Make, host: HostId, port: u16) -> Self {
         let (others, sources, endpoints) = (BTreeMap::new(), ReceiveMap::default(), Vec::new());
-        Self { host, port, others, sources, endpoints, has_relay: true }
+        let policy = Direct::Allowed;
+        Self { make, host, port, others, sources, endpoints, has_relay: true, policy }
     }
 
     pub(crate) fn other(&mut self, id: PeerId) -> &mut Other {
-        self.others.entry(id).or_default()
+        self.others.entry(id).or_insert_with(|| Other::new(self.make))
+    }
+
+    /// What the control plane tells others of our endpoints.
+    pub(crate) fn published(&self) -> Vec<SocketAddr> {
+        match self.policy {
+            Direct::Allowed => self.endpoints.clone(),
+            Direct::Blocked => Vec::new(),
+        }
     }
 
     /// Takes what came from a peer.
@@ -109,7 +122,7 @@ impl Peer {
                     return Reaction::Answer(Said::Pong { txid, observed });
                 }
             }
-            Said::Pong { txid, observed } => drop(other.path.handle_pong(now, via, txid, observed)),
+            Said::Pong { txid, observed } => other.path.handle_pong(now, via, txid, observed),
             Said::CallMeMaybe(endpoints) => other.path.handle_call_me_maybe(now, &endpoints),
             Said::Data(data) => {
                 other.path.handle_received(now, via);
@@ -125,8 +138,8 @@ impl Peer {
     /// The next packet to a peer, and where it goes.
     pub(crate) fn send(&mut self, now: Instant, to: PeerId) -> (Data, Route) {
         let other = self.other(to);
-        other.sent += 1;
-        let number = Some(other.sent);
+        other.sent.push(now);
+        let number = Some(other.sent.len() as u64);
         other.note_sent(now);
         (Data { number }, other.path.route(now))
     }
@@ -173,6 +186,7 @@ impl Peer {
 
     /// Whether direct paths may be used.
     pub(crate) fn set_policy(&mut self, now: Instant, policy: Direct) {
+        self.policy = policy;
         self.others.values_mut().for_each(|other| other.path.set_policy(now, policy));
     }
 
@@ -183,6 +197,16 @@ impl Peer {
 }
 
 impl Other {
+    fn new(make: Make) -> Self {
+        Self {
+            path: Engine::new(make),
+            sent: Vec::new(),
+            received: BTreeSet::new(),
+            last_sent: None,
+            unanswered_since: None,
+        }
+    }
+
     fn note_sent(&mut self, now: Instant) {
         self.last_sent = Some(now);
         self.unanswered_since = None;

@@ -11,6 +11,7 @@ use warren_core::path::{Direct, Effect, RelayStands, Route, Via};
 use warren_proto::disco::{PADDED, TxId};
 
 use super::{
+    engine::Make,
     nat::Kind,
     network::{Arrival, Conditions, Families, HostId, Network},
     peer::{Data, Peer, PeerId, REGION, Reaction, Said},
@@ -65,8 +66,8 @@ pub(crate) struct Seen {
     pub(crate) unknown_source: u64,
     /// What a relay link that was down did not carry.
     pub(crate) not_relayed: u64,
-    /// The most messages besides data that one peer sent in one second.
-    pub(crate) busiest_second: u64,
+    /// The most messages besides data that each peer sent in one second.
+    pub(crate) busiest_second: Vec<u64>,
 }
 
 /// A world.
@@ -88,23 +89,23 @@ pub(crate) struct World {
 
 impl World {
     /// A world with sites of these kinds, and peers in them, each of which knows all others.
-    pub(crate) fn new(seed: u64, sites: &[Option<Kind>], places: &[(usize, Families)]) -> Self {
+    pub(crate) fn new(seed: u64, sites: &[Option<Kind>], places: &[(Make, usize, Families)]) -> Self {
         let mut network = Network::new(seed);
         for nat in sites {
             network.add_site(*nat);
         }
         let place_of_stun = network.add_site(None);
         let stun = network.add_host(place_of_stun, Families::Both);
-        let peer = |(index, (site, families)): (usize, &(usize, Families))| {
+        let peer = |(index, (make, site, families)): (usize, &(Make, usize, Families))| {
             let host = network.add_host(*site, *families);
-            Peer::new(host, 41641 + index as u16)
+            Peer::new(*make, host, 41641 + index as u16)
         };
         let peers: Vec<Peer> = places.iter().enumerate().map(peer).collect();
         let now = Instant::now();
         let mut world = Self {
             now,
             network,
-            seen: Seen::default(),
+            seen: Seen { busiest_second: vec![0; peers.len()], ..Seen::default() },
             changed_at: now,
             stun,
             chance: SmallRng::seed_from_u64(!seed),
@@ -150,6 +151,16 @@ impl World {
         }
     }
 
+    /// Whether a peer sends packets.
+    pub(crate) fn is_talking(&self, id: PeerId) -> bool {
+        self.streams[id.0].1.is_some()
+    }
+
+    /// Whether an address is one that a peer has now, as far as it knows.
+    pub(crate) fn is_at(&self, id: PeerId, address: SocketAddr) -> bool {
+        self.peers[id.0].endpoints.contains(&address)
+    }
+
     /// A peer's sockets are bound to another port.
     pub(crate) fn rebind(&mut self, id: PeerId, port: u16) {
         let peer = &mut self.peers[id.0];
@@ -166,7 +177,11 @@ impl World {
 
     /// Whether a peer wants direct paths.
     pub(crate) fn set_policy(&mut self, id: PeerId, policy: Direct) {
-        self.peers[id.0].set_policy(self.now, policy);
+        let peer = &mut self.peers[id.0];
+        if peer.policy != policy {
+            peer.set_policy(self.now, policy);
+            self.publish(id);
+        }
         self.carry_out(id);
     }
 
@@ -343,7 +358,8 @@ impl World {
             self.second = (self.now, vec![0; self.peers.len()]);
         }
         self.second.1[from.0] += 1;
-        self.seen.busiest_second = self.seen.busiest_second.max(self.second.1[from.0]);
+        let busiest = &mut self.seen.busiest_second[from.0];
+        *busiest = self.second.1[from.0].max(*busiest);
     }
 
     fn look_for_addresses(&mut self, id: PeerId) {
@@ -365,11 +381,16 @@ impl World {
     }
 
     fn collect(&mut self, id: PeerId, endpoints: Vec<SocketAddr>) {
-        self.peers[id.0].collect(self.now, endpoints.clone());
+        self.peers[id.0].collect(self.now, endpoints);
+        self.publish(id);
+        self.carry_out(id);
+    }
+
+    fn publish(&mut self, id: PeerId) {
+        let endpoints = self.peers[id.0].published();
         for to in self.ids().filter(|to| *to != id) {
             self.at(CONTROL_DELAY, Event::Node { of: id, to, endpoints: endpoints.clone() });
         }
-        self.carry_out(id);
     }
 
     fn at(&mut self, pause: Duration, event: Event) {
