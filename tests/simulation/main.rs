@@ -26,7 +26,7 @@ use proptest::{
     test_runner::{Config, RngSeed},
 };
 use warren_core::path::Direct;
-use world::World;
+use world::{READY_AFTER, World};
 
 /// How long everything works at the end: longer than any back-off.
 const PEACE: Duration = Duration::from_secs(100);
@@ -34,8 +34,8 @@ const PEACE: Duration = Duration::from_secs(100);
 const LOOKED_AT: Duration = Duration::from_secs(5);
 /// When a change is noticed at the latest, where packets come as rarely as here.
 const NOTICED_AFTER: Duration = Duration::from_secs(4);
-/// The reference trusts a path for 6.5 s after its last pong, which may have been under way when it died.
-const TRUST_OF_REFERENCE: Duration = Duration::from_secs(7);
+/// A path is trusted for 6.5 s after its last pong, which may have been under way when it died.
+const TRUST: Duration = Duration::from_secs(7);
 /// A packet is under way for less.
 const UNDER_WAY: Duration = Duration::from_millis(1500);
 /// Between two packets.
@@ -49,6 +49,8 @@ const MOST_OF_REFERENCE_PER_SECOND: u64 = 400;
 /// Characters that a path takes to be written down, as a measure of what it holds.
 const MOST_HELD: usize = 64 * 1024;
 
+const SECOND: Duration = Duration::from_secs(1);
+const WITH_REFERENCE: [[Make; 2]; 2] = [[Make::Ours, Make::Reference], [Make::Reference, Make::Ours]];
 const PAIRS: [(PeerId, PeerId); 2] = [(PeerId(0), PeerId(1)), (PeerId(1), PeerId(0))];
 
 /// Something that happens.
@@ -75,15 +77,35 @@ struct Story {
     nats: [Option<Kind>; 2],
     families: [Families; 2],
     are_neighbours: bool,
+    /// The pause between two packets of each from the beginning, if it talks.
+    talk: [Option<u64>; 2],
     /// Each after so many milliseconds.
     changes: Vec<(u64, Change)>,
 }
 
 impl Story {
+    /// Two peers of IPv4 at two sites where nothing happens, each with a packet every 20 ms.
+    fn quiet(makes: [Make; 2], nats: [Option<Kind>; 2]) -> Self {
+        let families = [Families::V4; 2];
+        Self {
+            seed: 1,
+            makes,
+            nats,
+            families,
+            are_neighbours: false,
+            talk: [Some(20); 2],
+            changes: Vec::new(),
+        }
+    }
+
     fn begin(&self) -> World {
         let ([one, other], place) = (self.families, usize::from(!self.are_neighbours));
         let places = [(self.makes[0], 0, one), (self.makes[1], place, other)];
-        World::new(self.seed, &self.nats, &places)
+        let mut world = World::new(self.seed, &self.nats, &places);
+        for (id, pause) in world.ids().zip(self.talk) {
+            world.set_traffic(id, pause.map(Duration::from_millis));
+        }
+        world
     }
 
     fn loses_calls(&self) -> bool {
@@ -133,20 +155,22 @@ fn story(makes: impl Strategy<Value = [Make; 2]>) -> impl Strategy<Value = Story
     let families = prop_oneof![4 => Just(Families::V4), 1 => Just(Families::V6), 2 => Just(Families::Both)];
     let changes = proptest::collection::vec((0..20_000_u64, change()), 0..10);
     let places = ([nat.clone(), nat], [families.clone(), families], proptest::bool::weighted(0.2));
-    (any::<u64>(), makes, places, changes).prop_map(
-        |(seed, makes, (nats, families, are_neighbours), changes)| Story {
+    let talk = proptest::option::of(5..2000_u64);
+    (any::<u64>(), makes, places, [talk.clone(), talk], changes).prop_map(
+        |(seed, makes, (nats, families, are_neighbours), talk, changes)| Story {
             seed,
             makes,
             nats,
             families,
             are_neighbours,
+            talk,
             changes,
         },
     )
 }
 
 fn one_of_each() -> impl Strategy<Value = [Make; 2]> {
-    prop_oneof![Just([Make::Ours, Make::Reference]), Just([Make::Reference, Make::Ours])]
+    proptest::sample::select(&WITH_REFERENCE)
 }
 
 /// Whether a reference peer keeps to an address that is dead, and sends by relay as well. It does so for good if no
@@ -212,10 +236,15 @@ fn pass(world: &mut World, span: Duration) -> Vec<Expected> {
 }
 
 /// A reference peer takes no notice of silence. That we do on its behalf shows only where we send as well: from its
-/// sparse packets alone nobody can tell that they are lost, and it keeps to a dead path as long as it trusts it.
+/// sparse packets alone nobody can tell that they are lost, and it keeps to a dead path as long as it trusts it. Nor
+/// does it notice for us that our packets are lost, and while its own come we trust the path as long.
 fn noticed_after(world: &World, from: PeerId, to: PeerId) -> Duration {
-    let is_alone = world.peers[from.0].make == Make::Reference && !world.is_talking(to);
-    if is_alone { TRUST_OF_REFERENCE } else { NOTICED_AFTER }
+    let is_left_to_trust = match [from, to].map(|id| world.peers[id.0].make) {
+        [Make::Ours, Make::Ours] => false,
+        [Make::Reference, _] => !world.is_talking(to),
+        [Make::Ours, Make::Reference] => world.is_talking(to),
+    };
+    if is_left_to_trust { TRUST } else { NOTICED_AFTER }
 }
 
 /// Packets that have to arrive.
@@ -275,6 +304,25 @@ fn is_direct(world: &World, from: PeerId, to: PeerId) -> bool {
     world.peers[from.0].others[&to].path.is_direct(world.now)
 }
 
+fn are_direct(world: &World) -> bool {
+    PAIRS.into_iter().all(|(from, to)| is_direct(world, from, to))
+}
+
+/// How many packets came over UDP, either way.
+fn came_directly(world: &World) -> [u64; 2] {
+    PAIRS.map(|(from, to)| world.peers[to.0].others[&from].came_directly)
+}
+
+/// Lets so much time pass; what is sent after `notice` arrives.
+fn everything_comes_after(world: &mut World, notice: Duration, span: Duration) {
+    let begin = world.now;
+    world.run(span);
+    for (from, to) in PAIRS {
+        let until = world.now - Duration::from_millis(100);
+        Expected::sent(world, from, to, begin + notice, until).have_come(world);
+    }
+}
+
 fn config() -> Config {
     let (cases, rng_seed) = match std::env::var("WARREN_SEEDS") {
         Ok(seeds) => (seeds.parse::<u32>().unwrap(), RngSeed::Random),
@@ -286,33 +334,114 @@ fn config() -> Config {
 
 #[test]
 fn a_path_that_dies_under_load_is_left_within_a_second_and_taken_again_within_another() {
-    for (out, r#in) in [(true, true), (true, false), (false, true)] {
-        let story = Story {
-            seed: 1,
-            makes: [Make::Ours; 2],
-            nats: [Some(Kind::PortRestricted), None],
-            families: [Families::V4; 2],
-            are_neighbours: false,
-            changes: Vec::new(),
-        };
-        let mut world = story.begin();
-        world.ids().for_each(|id| world.set_traffic(id, Some(Duration::from_millis(20))));
-        world.run(Duration::from_secs(20));
-        assert!(
-            PAIRS.iter().all(|(from, to)| is_direct(&world, *from, *to)),
-            "they are direct to begin with"
-        );
-        happen(&mut world, &Change::Cut { site: 0, out, r#in });
-        world.run(Duration::from_secs(1));
-        let noticed = world.now;
-        world.run(Duration::from_secs(10));
-        let until = world.now - Duration::from_millis(100);
-        for (from, to) in PAIRS {
-            Expected::sent(&world, from, to, noticed, until).have_come(&world);
+    for makes in [[Make::Ours; 2], WITH_REFERENCE[0], WITH_REFERENCE[1]] {
+        for (out, r#in) in [(true, true), (true, false), (false, true)] {
+            let mut world = Story::quiet(makes, [Some(Kind::PortRestricted), None]).begin();
+            // Where our direction alone dies, what comes regardless hides it, see below; answers end with it.
+            match (makes, out, r#in) {
+                ([Make::Ours, Make::Reference], true, false) => world.set_answering(PeerId(1)),
+                ([Make::Reference, Make::Ours], false, true) => world.set_answering(PeerId(0)),
+                _ => {}
+            }
+            world.run(Duration::from_secs(20));
+            assert!(are_direct(&world), "they are direct to begin with");
+            happen(&mut world, &Change::Cut { site: 0, out, r#in });
+            everything_comes_after(&mut world, SECOND, Duration::from_secs(20));
+            world.heal();
+            // A ping a second finds it, and two round trips later the other knows.
+            world.run(SECOND + Duration::from_millis(100));
+            assert!(are_direct(&world), "{makes:?} cut out {out}, in {}", r#in);
         }
-        world.heal();
-        world.run(Duration::from_millis(1200));
-        assert!(PAIRS.iter().all(|(from, to)| is_direct(&world, *from, *to)), "cut out {out}, in {}", r#in);
+    }
+}
+
+/// Data comes all the time, so there is no silence; that our own pings are not answered goes unnoticed until trust
+/// ends, as with the reference itself.
+#[test]
+#[ignore = "an unanswered ping alone raises no suspicion: packets are lost for up to 6.5 s"]
+fn our_direction_alone_that_dies_is_noticed_by_the_next_heartbeat_though_a_reference_peer_is_heard() {
+    let mut world = Story::quiet(WITH_REFERENCE[0], [None; 2]).begin();
+    world.run(Duration::from_secs(20));
+    assert!(are_direct(&world));
+    happen(&mut world, &Change::Cut { site: 0, out: true, r#in: false });
+    everything_comes_after(&mut world, NOTICED_AFTER, Duration::from_secs(20));
+}
+
+/// A reference peer keeps to an address of ours that is dead, since no other is faster (tailnet-data 7.4). Calls could
+/// make it leave, and that its packets come by relay although we are direct shows that it should; but the calls were
+/// lost, and are not repeated.
+#[test]
+#[ignore = "a reference peer whose relay was down when we moved sends everything twice for good"]
+fn a_reference_peer_that_missed_the_calls_about_a_new_port_is_told_when_its_relay_is_back() {
+    let mut world = Story { are_neighbours: true, ..Story::quiet(WITH_REFERENCE[1], [None; 2]) }.begin();
+    world.run(Duration::from_secs(20));
+    assert!(are_direct(&world));
+    world.set_relay(PeerId(0), false);
+    world.rebind(PeerId(1), 50_000);
+    world.run(Duration::from_secs(7));
+    world.set_relay(PeerId(0), true);
+    world.run(PEACE);
+    assert!(is_direct(&world, PeerId(1), PeerId(0)), "ours has found the new way");
+    assert!(!is_stuck(&world, PeerId(0), PeerId(1)));
+}
+
+#[test]
+fn with_a_reference_peer_a_network_is_direct_within_a_second_of_ready_and_two_cones_within_three() {
+    let cones = [Kind::FullCone, Kind::Restricted, Kind::PortRestricted].map(Some);
+    for makes in WITH_REFERENCE {
+        let mut world = Story { are_neighbours: true, ..Story::quiet(makes, [cones[2], None]) }.begin();
+        world.run(READY_AFTER + SECOND);
+        assert!(are_direct(&world), "{makes:?} in one network");
+        for nats in cones.iter().flat_map(|one| cones.map(|other| [*one, other])) {
+            let mut world = Story::quiet(makes, nats).begin();
+            world.run(READY_AFTER + 3 * SECOND);
+            assert!(are_direct(&world), "{makes:?} behind {nats:?}");
+        }
+    }
+}
+
+#[test]
+fn with_a_reference_peer_either_side_that_blocks_direct_connections_keeps_both_on_the_relay() {
+    for (makes, blocked) in WITH_REFERENCE.into_iter().flat_map(|makes| [(makes, 0), (makes, 1)]) {
+        let mut world = Story::quiet(makes, [None; 2]).begin();
+        world.set_policy(PeerId(blocked), Direct::Blocked);
+        everything_comes_after(&mut world, READY_AFTER, Duration::from_secs(60));
+        assert_eq!(came_directly(&world), [0, 0], "{makes:?}, {blocked} blocks");
+    }
+}
+
+#[test]
+fn with_a_reference_peer_a_way_for_small_packets_alone_is_never_taken_and_swallows_nothing() {
+    for (makes, site) in WITH_REFERENCE.into_iter().flat_map(|makes| [(makes, 0), (makes, 1)]) {
+        let mut world = Story::quiet(makes, [None; 2]).begin();
+        world.network.conditions(site).mtu = 1300;
+        everything_comes_after(&mut world, READY_AFTER, Duration::from_secs(60));
+        assert_eq!(came_directly(&world), [0, 0], "{makes:?}, small at {site}");
+    }
+}
+
+#[test]
+fn with_a_reference_peer_a_way_that_shrinks_under_load_is_left_within_a_second() {
+    for (makes, site) in WITH_REFERENCE.into_iter().flat_map(|makes| [(makes, 0), (makes, 1)]) {
+        let mut world = Story::quiet(makes, [None; 2]).begin();
+        world.run(Duration::from_secs(20));
+        assert!(are_direct(&world));
+        world.network.conditions(site).mtu = 1300;
+        everything_comes_after(&mut world, SECOND, Duration::from_secs(60));
+    }
+}
+
+#[test]
+fn with_a_reference_peer_a_new_port_of_either_side_costs_a_second_and_at_most_seven_on_the_relay() {
+    for (makes, moved) in WITH_REFERENCE.into_iter().flat_map(|makes| [(makes, 0), (makes, 1)]) {
+        for nat in [None, Some(Kind::PortRestricted), Some(Kind::Symmetric)] {
+            let mut world = Story::quiet(makes, [nat, None]).begin();
+            world.run(Duration::from_secs(20));
+            assert!(are_direct(&world));
+            world.rebind(PeerId(moved), 50_000);
+            everything_comes_after(&mut world, SECOND, Duration::from_secs(7));
+            assert!(are_direct(&world), "{makes:?}, {moved} moves, behind {nat:?}");
+        }
     }
 }
 

@@ -62,6 +62,8 @@ pub(crate) struct Peer {
     /// Whether its link to the relay is up.
     pub(crate) has_relay: bool,
     pub(crate) policy: Direct,
+    /// Whether it sends a packet for each that comes.
+    pub(crate) is_answering: bool,
 }
 
 /// What a peer knows of another.
@@ -71,6 +73,8 @@ pub(crate) struct Other {
     pub(crate) sent: Vec<Instant>,
     /// Which of its packets came, each counted once.
     pub(crate) received: BTreeSet<u64>,
+    /// How many of them came over UDP, copies included.
+    pub(crate) came_directly: u64,
     last_sent: Option<Instant>,
     unanswered_since: Option<Instant>,
 }
@@ -89,11 +93,17 @@ impl Peer {
     pub(crate) fn new(make: Make, host: HostId, port: u16) -> Self {
         let (others, sources, endpoints) = (BTreeMap::new(), ReceiveMap::default(), Vec::new());
         let policy = Direct::Allowed;
-        Self { make, host, port, others, sources, endpoints, has_relay: true, policy }
+        Self { make, host, port, others, sources, endpoints, has_relay: true, policy, is_answering: false }
     }
 
     pub(crate) fn other(&mut self, id: PeerId) -> &mut Other {
         self.others.entry(id).or_insert_with(|| Other::new(self.make))
+    }
+
+    /// Whether something is a packet that is to be answered by another.
+    pub(crate) fn is_question(&self, from: PeerId, said: &Said) -> bool {
+        let Said::Data(Data { number: Some(number) }) = said else { return false };
+        self.is_answering && !self.others[&from].received.contains(number)
     }
 
     /// What the control plane tells others of our endpoints.
@@ -127,6 +137,7 @@ impl Peer {
             Said::Data(data) => {
                 other.path.handle_received(now, via);
                 other.received.extend(data.number);
+                other.came_directly += u64::from(matches!(via, Via::Direct(_)));
                 if data.number.is_some() {
                     other.unanswered_since.get_or_insert(now);
                 }
@@ -202,6 +213,7 @@ impl Other {
             path: Engine::new(make),
             sent: Vec::new(),
             received: BTreeSet::new(),
+            came_directly: 0,
             last_sent: None,
             unanswered_since: None,
         }

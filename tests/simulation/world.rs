@@ -20,6 +20,8 @@ use super::{
 /// Each way through the relay, and to the control plane and back.
 const RELAY_DELAY: Duration = Duration::from_millis(20);
 const CONTROL_DELAY: Duration = Duration::from_millis(60);
+/// The control plane says that both know each other.
+pub(crate) const READY_AFTER: Duration = Duration::from_millis(120);
 /// A relay that does not answer is known to be down after so long.
 const PROOF_LIMIT: Duration = Duration::from_secs(3);
 /// How often peers look for their own addresses.
@@ -120,7 +122,7 @@ impl World {
                 world.peers[id.0].other(other);
             }
             world.at(Duration::ZERO, Event::Stun(id));
-            world.at(2 * CONTROL_DELAY, Event::Ready(id));
+            world.at(READY_AFTER, Event::Ready(id));
         }
         world
     }
@@ -149,6 +151,12 @@ impl World {
         if pause.is_some() {
             self.at(Duration::ZERO, Event::Traffic { from, stream });
         }
+    }
+
+    /// A peer sends a packet for each that comes, and none of its own accord.
+    pub(crate) fn set_answering(&mut self, id: PeerId) {
+        self.set_traffic(id, None);
+        self.peers[id.0].is_answering = true;
     }
 
     /// Whether a peer sends packets.
@@ -269,15 +277,21 @@ impl World {
             return;
         }
         for to in self.ids().filter(|to| *to != from) {
-            let (data, route) = self.peers[from.0].send(self.now, to);
-            self.transmit(from, to, data, route);
+            self.send_packet(from, to);
         }
-        self.carry_out(from);
         self.at(pause, Event::Traffic { from, stream });
     }
 
+    fn send_packet(&mut self, from: PeerId, to: PeerId) {
+        let (data, route) = self.peers[from.0].send(self.now, to);
+        self.transmit(from, to, data, route);
+        self.carry_out(from);
+    }
+
     fn hear(&mut self, id: PeerId, sender: PeerId, via: Via, said: Said) {
+        let is_question = self.peers[id.0].is_question(sender, &said);
         match self.peers[id.0].hear(self.now, sender, via, said) {
+            Reaction::Taken if is_question => self.send_packet(id, sender),
             Reaction::Taken => {}
             Reaction::UnknownSource => self.seen.unknown_source += 1,
             Reaction::Answer(said) => match via {
