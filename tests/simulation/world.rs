@@ -80,6 +80,8 @@ pub(crate) struct World {
     pub(crate) seen: Seen,
     /// When the conditions changed last.
     pub(crate) changed_at: Instant,
+    /// When the translators of sites started anew last.
+    restarted: BTreeMap<usize, Instant>,
     stun: HostId,
     chance: SmallRng,
     events: BTreeMap<(Instant, u64), Event>,
@@ -109,6 +111,7 @@ impl World {
             network,
             seen: Seen { busiest_second: vec![0; peers.len()], ..Seen::default() },
             changed_at: now,
+            restarted: BTreeMap::new(),
             stun,
             chance: SmallRng::seed_from_u64(!seed),
             events: BTreeMap::new(),
@@ -176,6 +179,17 @@ impl World {
         peer.change_link(self.now);
         self.carry_out(id);
         self.look_for_addresses(id);
+    }
+
+    /// A site's translator forgets what it knows.
+    pub(crate) fn restart_nat(&mut self, site: usize) {
+        self.network.restart_nat(site);
+        self.restarted.insert(site, self.now);
+    }
+
+    /// When a peer's translator started anew last.
+    pub(crate) fn moved_at(&self, id: PeerId) -> Option<Instant> {
+        self.restarted.get(&self.network.site_of(self.peers[id.0].host)).copied()
     }
 
     /// Whether a peer has its link to the relay.
