@@ -4,15 +4,19 @@
 //!
 //! An agent is one task that sleeps until something arrives; WireGuard's time passes in one task for all of
 //! them. Its relay connection is a pipe in memory instead of a socket: a thousand agents need no descriptors.
+//! One that talks directly has a task for its sockets besides; whichever of the two takes something in wakes the
+//! other for what is to go out there.
 
 pub(crate) mod core;
-mod direct;
+pub(crate) mod direct;
+pub(crate) mod faults;
 mod page;
 pub(crate) mod small;
 mod stack;
+mod udp;
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -20,7 +24,6 @@ use std::{
 use bytes::BytesMut;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
-    net::UdpSocket,
     sync::{Notify, mpsc, watch},
     time::sleep_until,
 };
@@ -33,9 +36,12 @@ use warren_proto::{
     },
 };
 
-use self::core::{Core, Counters};
-pub use self::direct::Cut;
 pub(crate) use self::stack::HTTP_PORT;
+use self::{
+    core::{Core, Counters},
+    direct::{AgentPath, Direct, DirectCore},
+    faults::UdpFaults,
+};
 use crate::{
     control::coordinator::{Auth, Coordinator, Gone, Place},
     relay::{Relay, wire},
@@ -51,16 +57,22 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// How often WireGuard's time passes, in steps of all agents.
 const TICK: Duration = Duration::from_millis(250);
 const TICKS_PER_SECOND: u32 = 4;
-/// Bytes of the longest datagram that is read.
-const LONGEST_DATAGRAM: usize = 2048;
 
 /// What an agent needs of the lab.
 pub(crate) struct Home {
     pub(crate) region: u16,
     pub(crate) relay: Relay,
     pub(crate) coordinator: Arc<Coordinator>,
-    /// The socket for direct paths, if there are to be any, and the STUN servers that are asked from it.
-    pub(crate) udp: Option<(UdpSocket, Vec<SocketAddr>)>,
+    pub(crate) wild: Option<Wild>,
+}
+
+/// What an agent that talks directly needs of it besides.
+pub(crate) struct Wild {
+    /// Where its sockets are bound.
+    pub(crate) addresses: Vec<IpAddr>,
+    pub(crate) stun: Vec<SocketAddr>,
+    pub(crate) direct: Direct,
+    pub(crate) faults: Arc<UdpFaults>,
 }
 
 /// A running agent.
@@ -72,12 +84,20 @@ pub(crate) struct Agent {
 
 struct Shared {
     core: Mutex<Core>,
+    /// Wakes the task of the relay,
     wake: Notify,
+    /// and that of the sockets.
+    udp_wake: Notify,
 }
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Core> {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake_both(&self) {
+        self.wake.notify_one();
+        self.udp_wake.notify_one();
     }
 }
 
@@ -99,6 +119,10 @@ pub struct AgentStats {
     pub tsmp_pings: u64,
     /// ICMPv6 echo requests that were answered.
     pub echo_requests: u64,
+    /// Answers to echo requests of its own.
+    pub echo_replies: u64,
+    /// Pings of its own, made for a person, that were answered.
+    pub user_pongs: u64,
     /// WireGuard sessions that became usable.
     pub handshakes: u64,
     /// HTTP requests.
@@ -116,16 +140,16 @@ pub struct AgentStats {
 impl Agent {
     pub(crate) fn start(id: Uuid, title: String, home: Home, work: &Work, counters: Arc<Counters>) -> Self {
         let work = work.child();
-        let mut core = Core::new(id, title, home.region, Arc::clone(&counters));
-        let Home { region, relay, coordinator, udp } = home;
-        let socket = udp.and_then(|(socket, servers)| {
-            core.go_direct(socket.local_addr().ok()?, servers);
-            Some(socket)
-        });
-        let core = Arc::new(Shared { core: Mutex::new(core), wake: Notify::new() });
+        let Home { region, relay, coordinator, wild } = home;
+        let direct = wild.as_ref().map(|wild| DirectCore::new(wild.stun.clone(), wild.direct));
+        let core = Mutex::new(Core::new(id, title, region, direct, Arc::clone(&counters)));
+        let core = Arc::new(Shared { core, wake: Notify::new(), udp_wake: Notify::new() });
+        if let Some(Wild { addresses, faults, .. }) = wild {
+            work.spawn(udp::run(Arc::clone(&core), addresses, faults));
+        }
         let (homes, moves) = watch::channel((region, relay));
         let (shared, inner) = (Arc::clone(&core), work.clone());
-        work.spawn(async move { run(id, shared, coordinator, moves, inner, counters, socket).await });
+        work.spawn(async move { run(id, shared, coordinator, moves, inner, counters).await });
         Self { core, homes, work }
     }
 
@@ -143,10 +167,6 @@ impl Agent {
         self.core.lock().mute(is_mute);
     }
 
-    pub(crate) fn cut(&self, cut: Cut) {
-        self.core.lock().cut(cut);
-    }
-
     /// Ends this life.
     pub(crate) fn end(self, id: Uuid, coordinator: &Coordinator, end: End) {
         if end == End::Graceful {
@@ -155,9 +175,39 @@ impl Agent {
         self.work.cancel();
     }
 
+    /// Which ways its packets take.
+    pub(crate) fn path(&self) -> AgentPath {
+        self.core.lock().path(Instant::now())
+    }
+
+    /// Sends an echo request. Returns whether that node is a peer.
+    pub(crate) fn send_echo(&self, to: Ipv6Addr) -> bool {
+        let is_peer = self.core.lock().send_echo(to, Instant::now());
+        self.core.wake_both();
+        is_peer
+    }
+
+    /// Pings a node for a person. Returns whether that node is a peer.
+    pub(crate) fn user_ping(&self, to: Ipv6Addr) -> bool {
+        let is_peer = self.core.lock().user_ping(to, Instant::now());
+        self.core.wake_both();
+        is_peer
+    }
+
+    /// Gets other sockets.
+    pub(crate) fn rebind(&self) {
+        self.core.lock().want_rebind();
+        self.core.wake_both();
+    }
+
+    pub(crate) fn set_direct(&self, direct: Direct) {
+        self.core.lock().set_direct(Instant::now(), direct);
+        self.core.wake_both();
+    }
+
     fn tick(&self, now: Instant, is_whole_second: bool) {
         if self.core.lock().tick(now, is_whole_second) {
-            self.core.wake.notify_one();
+            self.core.wake_both();
         }
     }
 }
@@ -168,6 +218,8 @@ pub(crate) fn stats(counters: &Counters) -> AgentStats {
         disco_pings: read(&counters.disco_pings),
         tsmp_pings: read(&counters.tsmp_pings),
         echo_requests: read(&counters.echo_requests),
+        echo_replies: read(&counters.echo_replies),
+        user_pongs: read(&counters.user_pongs),
         handshakes: read(&counters.handshakes),
         http_requests: read(&counters.http_requests),
         received_bytes: read(&counters.received_bytes),
@@ -193,12 +245,12 @@ struct Membership {
     coordinator: Arc<Coordinator>,
     place: Place,
     responses: mpsc::Receiver<CoordinateResponse>,
-    /// The home region that the coordinator knows.
-    told: Option<u16>,
+    /// The home region and the endpoints that the coordinator knows.
+    told: Option<(u16, Vec<SocketAddr>)>,
 }
 
 impl Membership {
-    fn join(id: Uuid, coordinator: &Arc<Coordinator>, core: &mut Core) -> Self {
+    fn join(id: Uuid, coordinator: &Arc<Coordinator>, core: &Core) -> Self {
         let coordinator = Arc::clone(coordinator);
         let (place, responses) = coordinator.open(id, Auth::Agent);
         let mut member = Self { coordinator, place, responses, told: None };
@@ -207,9 +259,10 @@ impl Membership {
     }
 
     /// Tells the node, unless its home and its endpoints have been told.
-    fn say_home(&mut self, core: &mut Core) {
-        let has_news = core.take_news();
-        if self.told.replace(core.region()) != Some(core.region()) || has_news {
+    fn say_home(&mut self, core: &Core) {
+        let home = (core.region(), core.endpoints().to_vec());
+        if self.told.as_ref() != Some(&home) {
+            self.told = Some(home);
             let update_self = Some(UpdateSelf { node: Some(core.node_message()) });
             self.say(CoordinateRequest { update_self, ..CoordinateRequest::default() });
         }
@@ -243,7 +296,6 @@ async fn run(
     mut homes: watch::Receiver<(u16, Relay)>,
     work: Work,
     counters: Arc<Counters>,
-    socket: Option<UdpSocket>,
 ) {
     let mut member = None;
     loop {
@@ -254,10 +306,10 @@ async fn run(
             if let Some(buffer) = log_in(&shared, &mut pipe).await {
                 core::count(&counters.relay_logins, 1);
                 // Only who can be reached says where.
-                let join = || Membership::join(id, &coordinator, &mut shared.lock());
+                let join = || Membership::join(id, &coordinator, &shared.lock());
                 let member = member.get_or_insert_with(join);
-                member.say_home(&mut shared.lock());
-                serve(id, &shared, member, pipe, buffer, socket.as_ref()).await;
+                member.say_home(&shared.lock());
+                serve(id, &shared, member, pipe, buffer).await;
             }
             tokio::time::sleep(PAUSE).await;
         };
@@ -310,9 +362,7 @@ async fn serve(
     member: &mut Membership,
     mut pipe: DuplexStream,
     mut buffer: BytesMut,
-    socket: Option<&UdpSocket>,
 ) {
-    let mut datagram = vec![0; if socket.is_some() { LONGEST_DATAGRAM } else { 0 }];
     let mut room = *READ.start();
     let mut out = BytesMut::new();
     let mut due = None;
@@ -334,22 +384,13 @@ async fn serve(
                     // Displaced, or the coordinator has closed.
                     tokio::time::sleep(PAUSE).await;
                     let coordinator = Arc::clone(&member.coordinator);
-                    *member = Membership::join(id, &coordinator, &mut shared.lock());
+                    *member = Membership::join(id, &coordinator, &shared.lock());
                 }
             },
-            (length, from) = receive(socket, &mut datagram) => {
-                let mut core = shared.lock();
-                let now = Instant::now();
-                core.datagram(from, datagram.get(..length).unwrap_or_default(), now);
-                // More may have come together; the rest is read as soon as these are answered.
-                while let Some(Ok((length, from))) = socket.map(|socket| socket.try_recv_from(&mut datagram)) {
-                    core.datagram(from, datagram.get(..length).unwrap_or_default(), now);
-                }
-            }
             () = shared.wake.notified() => {}
             () = at(due) => {}
         }
-        {
+        let needs_shell = {
             let mut core = shared.lock();
             let now = Instant::now();
             while let Ok(Some((kind, body))) = wire::take(&mut buffer) {
@@ -359,27 +400,17 @@ async fn serve(
             due = core.due(now);
             out.clear();
             core.take_output(&mut out);
-            member.say_home(&mut core);
-            while let Some((to, packet)) = core.take_datagram() {
-                // What does not fit is lost, as on any network.
-                let _ = socket.map(|socket| socket.try_send_to(&packet, to));
-            }
+            member.say_home(&core);
+            core.needs_shell()
+        };
+        if needs_shell {
+            shared.udp_wake.notify_one();
         }
         if !out.is_empty() && pipe.write_all(&out).await.is_err() {
             return;
         }
         if out.capacity() > *READ.end() {
             out = BytesMut::new();
-        }
-    }
-}
-
-async fn receive(socket: Option<&UdpSocket>, buffer: &mut [u8]) -> (usize, SocketAddr) {
-    let Some(socket) = socket else { return std::future::pending().await };
-    loop {
-        // An error is about a datagram that nobody took.
-        if let Ok(received) = socket.recv_from(buffer).await {
-            return received;
         }
     }
 }

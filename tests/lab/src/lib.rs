@@ -45,12 +45,16 @@ use warren_proto::{
 };
 
 use self::{
-    agent::{Agent, HTTP_PORT, Home},
+    agent::{Agent, HTTP_PORT, Home, Wild, faults::UdpFaults},
     control::{State, listener, map_source, relay_map},
     work::Work,
 };
 pub use self::{
-    agent::{AgentStats, Cut, End},
+    agent::{
+        AgentStats, End,
+        direct::{AgentPath, Best, Direct, Packets, PeerPath, Probes, Taken},
+        faults::Cut,
+    },
     control::{
         BUILD_VERSION, CallFault, Check, Connection, Control, Device, EMBEDDED_REGION, Ended, Endpoint,
         FIRST_FURTHER_REGION, HttpFault, Layer, MapError, MapSource, Method, Raw, Recording, ReplicaHealth,
@@ -91,8 +95,12 @@ pub struct LabOptions {
     pub force_websockets: bool,
     /// What is told about direct connections.
     pub disable_direct: bool,
-    /// Whether agents have sockets for direct paths, and the lab a STUN server.
+    /// Whether agents have sockets for direct paths, and the lab a STUN server. With `disable_direct` they have
+    /// them and must not use them.
     pub direct: bool,
+    /// Where agents bind those: at a free port of the first address of each family, or, where nothing is named, of
+    /// where the lab listens. A family that the machine lacks is left out; wildcard addresses are not told.
+    pub direct_addresses: Vec<IpAddr>,
     /// STUN servers, each `host:port`, that the relay map names; nothing listens there for the lab.
     pub stun_servers: Vec<String>,
     /// A relay map to begin with, to which the lab's own regions are added.
@@ -135,6 +143,7 @@ impl Default for LabOptions {
             force_websockets: false,
             disable_direct: false,
             direct: false,
+            direct_addresses: Vec::new(),
             stun_servers: Vec::new(),
             relay_map: None,
             is_browser_only: false,
@@ -201,8 +210,15 @@ struct Slot {
     workspace: Uuid,
     region: usize,
     title: String,
-    counters: Arc<agent::core::Counters>,
+    lasting: Lasting,
     running: Option<Agent>,
+}
+
+/// What an agent's lives have in common.
+#[derive(Clone, Default)]
+struct Lasting {
+    counters: Arc<agent::core::Counters>,
+    faults: Arc<UdpFaults>,
 }
 
 impl Lab {
@@ -326,7 +342,11 @@ impl Lab {
     #[must_use]
     pub fn agent_stats(&self, id: Uuid) -> AgentStats {
         let agents = lock(&self.agents);
-        agents.iter().find(|slot| slot.id == id).map(|slot| agent::stats(&slot.counters)).unwrap_or_default()
+        agents
+            .iter()
+            .find(|slot| slot.id == id)
+            .map(|slot| agent::stats(&slot.lasting.counters))
+            .unwrap_or_default()
     }
 
     /// Waits until something has happened to an agent, at most `limit`. Returns whether it has.
@@ -364,7 +384,7 @@ impl Lab {
         self.stop_agent(id, end);
         let mut agents = lock(&self.agents);
         if let Some(slot) = agents.iter_mut().find(|slot| slot.id == id) {
-            slot.running = self.run(slot.id, slot.region, &slot.title, &slot.counters);
+            slot.running = self.run(slot.id, slot.region, &slot.title, &slot.lasting);
         }
     }
 
@@ -377,12 +397,81 @@ impl Lab {
         }
     }
 
-    /// Loses datagrams of an agent from now on, without a word to anybody.
+    /// Which ways an agent's packets take; nothing is told of one that does not run or talks over its relay only.
+    #[must_use]
+    pub fn agent_path(&self, id: Uuid) -> AgentPath {
+        let mut path = self.ask(id, Agent::path).unwrap_or_default();
+        self.with_faults(id, |faults| path.dropped = faults.dropped());
+        path
+    }
+
+    /// Waits until an agent's packets take certain ways, at most `limit`. Returns whether they do.
+    pub async fn wait_for_path(
+        &self,
+        id: Uuid,
+        limit: Duration,
+        accept: impl Fn(&AgentPath) -> bool,
+    ) -> bool {
+        let waiting = async {
+            while !accept(&self.agent_path(id)) {
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        tokio::time::timeout(limit, waiting).await.is_ok()
+    }
+
+    /// Loses datagrams of an agent from now on, STUN included, without a word to anybody.
     pub fn cut_udp(&self, id: Uuid, cut: Cut) {
-        let agents = lock(&self.agents);
-        let slot = agents.iter().find(|slot| slot.id == id);
-        if let Some(agent) = slot.and_then(|slot| slot.running.as_ref()) {
-            agent.cut(cut);
+        self.with_faults(id, |faults| faults.cut(cut));
+    }
+
+    /// Loses a part of an agent's datagrams, both directions, the same ones with the same seed.
+    pub fn lose_udp(&self, id: Uuid, percent: u8, seed: u64) {
+        self.with_faults(id, |faults| faults.lose(percent, seed));
+    }
+
+    /// Sends each of an agent's datagrams later.
+    pub fn delay_udp(&self, id: Uuid, delay: Duration) {
+        self.with_faults(id, |faults| faults.delay(delay));
+    }
+
+    /// Ends all that goes wrong with an agent's datagrams.
+    pub fn heal_udp(&self, id: Uuid) {
+        self.with_faults(id, UdpFaults::heal);
+    }
+
+    /// Blocks an agent's direct paths (its `blockEndpoints`), or allows them again, until it ends.
+    pub fn set_direct(&self, id: Uuid, direct: Direct) {
+        self.ask(id, |agent| agent.set_direct(direct));
+    }
+
+    /// Gives an agent sockets at other ports, as a change of its network does.
+    pub fn rebind_udp(&self, id: Uuid) {
+        self.ask(id, Agent::rebind);
+    }
+
+    /// Lets agents be peers, the first as the one who asks for it; not where there are replicas.
+    pub fn introduce(&self, from: Uuid, to: Uuid) {
+        self.control.0.coordinator.introduce(from, to);
+    }
+
+    /// Has an agent ask a node for an echo. Returns whether that node is its peer.
+    pub fn send_echo(&self, from: Uuid, to: Ipv6Addr) -> bool {
+        self.ask(from, |agent| agent.send_echo(to)).unwrap_or(false)
+    }
+
+    /// Has an agent ping a node for a person. Returns whether that node is its peer.
+    pub fn user_ping(&self, from: Uuid, to: Ipv6Addr) -> bool {
+        self.ask(from, |agent| agent.user_ping(to)).unwrap_or(false)
+    }
+
+    fn ask<T>(&self, id: Uuid, what: impl FnOnce(&Agent) -> T) -> Option<T> {
+        lock(&self.agents).iter().find(|slot| slot.id == id)?.running.as_ref().map(what)
+    }
+
+    fn with_faults(&self, id: Uuid, change: impl FnOnce(&UdpFaults)) {
+        if let Some(slot) = lock(&self.agents).iter().find(|slot| slot.id == id) {
+            change(&slot.lasting.faults);
         }
     }
 
@@ -463,28 +552,28 @@ impl Lab {
     }
 
     fn admit(&self, id: Uuid, workspace: Uuid, title: String) {
-        let counters = Arc::default();
+        let lasting = Lasting::default();
         let mut agents = lock(&self.agents);
         let is_spread = self.control.0.options.spread_agents;
         let region = if is_spread { agents.len() % self.relays.len() } else { 0 };
-        let running = self.run(id, region, &title, &counters);
-        agents.push(Slot { id, workspace, region, title, counters, running });
+        let running = self.run(id, region, &title, &lasting);
+        agents.push(Slot { id, workspace, region, title, lasting, running });
     }
 
-    fn run(
-        &self,
-        id: Uuid,
-        region: usize,
-        title: &str,
-        counters: &Arc<agent::core::Counters>,
-    ) -> Option<Agent> {
+    fn run(&self, id: Uuid, region: usize, title: &str, lasting: &Lasting) -> Option<Agent> {
         let (number, relay) = self.relays.get(region)?;
+        let options = &self.control.0.options;
+        let here = std::slice::from_ref(&options.listen);
+        let addresses = if options.direct_addresses.is_empty() { here } else { &options.direct_addresses };
+        let wild = options.direct.then(|| Wild {
+            addresses: addresses.to_vec(),
+            stun: self.stun_server.clone(),
+            direct: if options.disable_direct { Direct::Blocked } else { Direct::Allowed },
+            faults: Arc::clone(&lasting.faults),
+        });
         let coordinator = Arc::clone(&self.control.0.coordinator);
-        let is_direct = self.control.0.options.direct;
-        let socket = is_direct.then(|| bind_udp(self.control.0.options.listen).ok()).flatten();
-        let udp = socket.map(|(socket, _)| (socket, self.stun_server.clone()));
-        let home = Home { region: *number, relay: relay.clone(), coordinator, udp };
-        Some(Agent::start(id, title.to_owned(), home, &self.work, Arc::clone(counters)))
+        let home = Home { region: *number, relay: relay.clone(), coordinator, wild };
+        Some(Agent::start(id, title.to_owned(), home, &self.work, Arc::clone(&lasting.counters)))
     }
 
     fn dismiss(&self, id: Uuid) {

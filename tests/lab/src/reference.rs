@@ -2,9 +2,8 @@
 //! weaknesses included. What our own paths have to get along with.
 //!
 //! Pure: `now` is an argument, what is to be done comes out of [`Reference::poll_effect`], ids come from a closure.
-//! The peer's home region is always known, and there is one relay. What was received never matters, nor does what
-//! a socket says about a destination, and no source once known is forgotten: so it has no input for these and no
-//! such effect.
+//! The peer's home region is always known, and there is one relay. What was received never matters, and no source
+//! once known is forgotten: so it has no input for these and no such effect.
 
 #[cfg(test)]
 mod tests;
@@ -258,6 +257,11 @@ impl Reference {
     /// Our link changed: nothing is trusted until it is tried again.
     pub fn handle_link_change(&mut self) {
         self.trust_until = None;
+    }
+
+    /// A ping could not be sent: it is not waited for.
+    pub fn handle_unsent(&mut self, txid: &TxId) {
+        self.outstanding.remove(txid);
     }
 
     /// When the next heartbeat is due.

@@ -1,5 +1,6 @@
 //! The lab as a client sees it, by a client of its own that knows only the wire.
 
+mod direct;
 mod floods;
 mod http;
 mod layers;

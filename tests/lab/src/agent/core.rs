@@ -1,8 +1,8 @@
-//! An agent without input or output: frames of the relay and words of the coordinator go in, frames for the
-//! relay come out.
+//! An agent without input or output: frames of the relay, datagrams and words of the coordinator go in, frames
+//! for the relay and datagrams come out.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, VecDeque},
     net::{Ipv6Addr, SocketAddr},
     sync::{
         Arc,
@@ -24,14 +24,14 @@ use warren_proto::{
 };
 
 use super::{
-    direct::{self, Cut, Direct, Voice},
+    direct::{AgentPath, Datagram, Direct, DirectCore, Effect, Origin, Probe, Taken},
     small::{self, ICMPV6, TSMP},
     stack::{MTU, Stack},
 };
-use crate::{
-    reference::{Reference, Via},
-    relay::wire,
-};
+use crate::{reference::Via, relay::wire};
+
+/// Bytes that may wait for the relay while it is away; what is more is dropped.
+const MAX_OUT: usize = 1 << 20;
 
 /// What has happened to an agent since the lab was started; restarts count on.
 #[derive(Debug, Default)]
@@ -39,6 +39,8 @@ pub(crate) struct Counters {
     pub(crate) disco_pings: AtomicU64,
     pub(crate) tsmp_pings: AtomicU64,
     pub(crate) echo_requests: AtomicU64,
+    pub(crate) echo_replies: AtomicU64,
+    pub(crate) user_pongs: AtomicU64,
     pub(crate) handshakes: AtomicU64,
     pub(crate) http_requests: AtomicU64,
     pub(crate) received_bytes: AtomicU64,
@@ -71,10 +73,8 @@ pub(super) struct Core {
     out: BytesMut,
     buffer: Vec<u8>,
     is_mute: bool,
-    /// `None`: everything is relayed.
-    direct: Option<Direct>,
-    /// Whether the coordinator does not know our endpoints yet.
-    has_news: bool,
+    /// Of an agent that talks directly, too.
+    direct: Option<DirectCore>,
     counters: Arc<Counters>,
 }
 
@@ -83,12 +83,18 @@ struct Peer {
     disco_public: DiscoPublic,
     disco: BoxShared,
     addresses: Vec<Ipv6Addr>,
+    endpoints: Vec<SocketAddr>,
     last_ping: Option<[u8; 12]>,
-    path: Reference,
 }
 
 impl Core {
-    pub(super) fn new(id: Uuid, title: String, region: u16, counters: Arc<Counters>) -> Self {
+    pub(super) fn new(
+        id: Uuid,
+        title: String,
+        region: u16,
+        direct: Option<DirectCore>,
+        counters: Arc<Counters>,
+    ) -> Self {
         let (node, disco) = (NodePrivate::generate(), DiscoPrivate::generate());
         Self {
             id,
@@ -108,32 +114,9 @@ impl Core {
             out: BytesMut::new(),
             buffer: Vec::new(),
             is_mute: false,
-            direct: None,
-            has_news: false,
+            direct,
             counters,
         }
-    }
-
-    /// Speaks to peers directly too, from a socket at this address.
-    pub(super) fn go_direct(&mut self, local: SocketAddr, stun_servers: Vec<SocketAddr>) {
-        self.direct = Some(Direct::new(local, stun_servers));
-        self.has_news = true;
-    }
-
-    pub(super) fn cut(&mut self, cut: Cut) {
-        if let Some(direct) = &mut self.direct {
-            direct.set_cut(cut);
-        }
-    }
-
-    /// Whether endpoints are to be told, which they count as by then.
-    pub(super) fn take_news(&mut self) -> bool {
-        std::mem::take(&mut self.has_news)
-    }
-
-    /// The next datagram for the socket.
-    pub(super) fn take_datagram(&mut self) -> Option<(SocketAddr, Vec<u8>)> {
-        self.direct.as_mut()?.take()
     }
 
     pub(super) fn private(&self) -> &NodePrivate {
@@ -175,6 +158,11 @@ impl Core {
         }
     }
 
+    /// Where it says that it can be reached.
+    pub(super) fn endpoints(&self) -> &[SocketAddr] {
+        self.direct.as_ref().map(DirectCore::endpoints).unwrap_or_default()
+    }
+
     /// Takes what the coordinator says. Returns the peers that may begin their handshakes now.
     pub(super) fn coordinated(&mut self, response: &tailnet::CoordinateResponse, now: Instant) -> Vec<Uuid> {
         let mut ready = Vec::new();
@@ -201,6 +189,7 @@ impl Core {
         let hosts: Option<Vec<Ipv6Addr>> =
             node.allowed_ips.iter().map(|text| text.parse::<Cidr>().ok()?.as_host()).collect();
         let addresses = hosts?;
+        let endpoints: Vec<SocketAddr> = node.endpoints.iter().filter_map(|text| text.parse().ok()).collect();
         if node.preferred_derp == 0 {
             return None;
         }
@@ -209,38 +198,36 @@ impl Core {
         }
         match self.peers.get_mut(&key) {
             // A changed disco key takes the sessions with it.
-            Some(peer) if peer.disco_public == disco_public => peer.addresses.clone_from(&addresses),
+            Some(peer) if peer.disco_public == disco_public => {
+                peer.addresses.clone_from(&addresses);
+                peer.endpoints.clone_from(&endpoints);
+            }
             _ => {
                 let engine = self.engines.engine(&key, self.next_index, now);
                 self.next_index = (self.next_index + 1) & 0x00ff_ffff;
                 let disco = self.disco.shared(&disco_public);
-                let path = Reference::new();
                 let addresses = addresses.clone();
-                let peer = Peer { engine, disco_public, disco, addresses, last_ping: None, path };
+                let endpoints = endpoints.clone();
+                let peer = Peer { engine, disco_public, disco, addresses, endpoints, last_ping: None };
                 self.peers.insert(key, peer);
             }
-        }
-        let own = self.endpoints();
-        if let Some(peer) = self.peers.get_mut(&key).filter(|_| self.direct.is_some()) {
-            let endpoints: Vec<SocketAddr> = node.endpoints.iter().filter_map(|it| it.parse().ok()).collect();
-            peer.path.handle_own_endpoints(now, &own);
-            peer.path.handle_node(now, &endpoints);
-            peer.path.handle_ready(now);
-            self.follow_path(key, now);
         }
         self.by_id.insert(id, key);
         self.by_address.retain(|_, owner| *owner != key);
         self.by_address.extend(addresses.into_iter().map(|address| (address, key)));
+        if let Some(direct) = &mut self.direct {
+            direct.handle_node(now, key, disco_public, &endpoints);
+        }
         Some(())
     }
 
     fn forget(&mut self, id: Uuid) {
         if let Some(key) = self.by_id.remove(&id) {
             self.peers.remove(&key);
-            if let Some(direct) = &mut self.direct {
-                direct.forget(&key);
-            }
             self.by_address.retain(|_, owner| *owner != key);
+            if let Some(direct) = &mut self.direct {
+                direct.remove(&key);
+            }
         }
     }
 
@@ -249,7 +236,7 @@ impl Core {
         match kind {
             wire::RECV_PACKET => {
                 if let Some((from, packet)) = body.split_first_chunk().filter(|_| !self.is_mute) {
-                    self.packet(NodePublic(*from), Via::Relay, packet, now);
+                    self.packet(NodePublic(*from), packet, now);
                 }
             }
             wire::PING => {
@@ -261,100 +248,101 @@ impl Core {
         }
     }
 
-    /// Takes a datagram of the socket.
-    pub(super) fn datagram(&mut self, from: SocketAddr, packet: &[u8], now: Instant) {
-        let Some(direct) = self.direct.as_mut().filter(|direct| !direct.is_deaf()) else { return };
-        if is_stun(packet) {
-            if direct.answered(packet) {
-                self.has_news = true;
-                let own = direct.endpoints();
-                self.peers.values_mut().for_each(|peer| peer.path.handle_own_endpoints(now, &own));
-                self.follow_paths(now);
-            }
-            return;
-        }
-        let owner = match small::disco_sender(packet) {
-            // Every peer has a disco key of its own here.
-            Some(sender) => self.peers.iter().find(|(_, peer)| peer.disco_public == sender).map(|it| *it.0),
-            None => direct.owner(&from),
-        };
-        if let Some(owner) = owner.filter(|_| !self.is_mute) {
-            count(&self.counters.direct_datagrams, 1);
-            self.packet(owner, Via::Direct(from), packet, now);
-        }
-    }
-
-    fn endpoints(&self) -> Vec<SocketAddr> {
-        self.direct.as_ref().map(Direct::endpoints).unwrap_or_default()
-    }
-
-    /// Takes a probe where direct paths are known.
-    fn probe(&mut self, direct: &mut Direct, from: NodePublic, via: Via, packet: &[u8], now: Instant) {
+    fn packet(&mut self, from: NodePublic, packet: &[u8], now: Instant) {
         let Some(peer) = self.peers.get_mut(&from) else { return };
-        let voice =
-            Voice { own: &self.disco_public, node: &self.public, shared: &peer.disco, region: self.region };
-        let out = &mut self.out;
-        let relay = |packet: &[u8]| wire::put(out, wire::SEND_PACKET, &[&from.0, packet]);
-        if direct::probed(&mut peer.path, direct, &voice, via, packet, now, relay) {
+        let Some(sender) = small::disco_sender(packet) else {
+            if let Some(direct) = &mut self.direct {
+                direct.note_received(now, from, Taken::Relay);
+            }
+            return self.wireguard(from, packet, now);
+        };
+        let Some(probe) = Some(sender)
+            .filter(|sender| *sender == peer.disco_public)
+            .and_then(|_| small::open_probe(packet, &peer.disco))
+        else {
+            return;
+        };
+        if let Some(direct) = &mut self.direct {
+            direct.handle_probe(now, Origin::Relay(from), (from, sender), &probe);
+            return self.act();
+        }
+        // The same transaction again is a duplicate.
+        if let Probe::Ping { txid, .. } = probe
+            && peer.last_ping.replace(txid) != Some(txid)
+        {
+            let pong = Probe::Pong { txid, observed: small::relay_endpoint(self.region) };
+            self.say(&from, Via::Relay, &pong);
             count(&self.counters.disco_pings, 1);
         }
     }
 
-    /// Does what a path wants done.
-    fn follow_path(&mut self, key: NodePublic, now: Instant) {
-        let (Some(direct), Some(peer)) = (&mut self.direct, self.peers.get_mut(&key)) else { return };
-        let voice =
-            Voice { own: &self.disco_public, node: &self.public, shared: &peer.disco, region: self.region };
-        let out = &mut self.out;
-        let relay = |packet: &[u8]| wire::put(out, wire::SEND_PACKET, &[&key.0, packet]);
-        direct::carry_out(&mut peer.path, direct, key, &voice, now, relay);
-    }
-
-    fn follow_paths(&mut self, now: Instant) {
-        for key in self.peers.keys().copied().collect::<Vec<_>>() {
-            self.follow_path(key, now);
-        }
-    }
-
-    /// Sends what WireGuard has made, by the way that the path names.
-    fn transmit(&mut self, to: NodePublic, packet: &[u8], now: Instant) {
-        let Some(direct) = &mut self.direct else {
-            return wire::put(&mut self.out, wire::SEND_PACKET, &[&to.0, packet]);
-        };
-        let Some(peer) = self.peers.get_mut(&to) else { return };
-        let route = peer.path.route(now);
-        if let Some(address) = route.direct {
-            direct.send(address, packet.to_vec());
-        }
-        if route.relay {
-            wire::put(&mut self.out, wire::SEND_PACKET, &[&to.0, packet]);
-        }
-        self.follow_path(to, now);
-    }
-
-    fn packet(&mut self, from: NodePublic, via: Via, packet: &[u8], now: Instant) {
-        let Some(peer) = self.peers.get_mut(&from) else { return };
-        if let Some(sender) = small::disco_sender(packet) {
-            if sender == peer.disco_public
-                && let Some(mut direct) = self.direct.take()
-            {
-                self.probe(&mut direct, from, via, packet, now);
-                self.direct = Some(direct);
-                return self.follow_path(from, now);
-            }
-            if sender != peer.disco_public {
+    /// Takes a datagram.
+    pub(super) fn datagram(&mut self, from: SocketAddr, packet: &[u8], now: Instant) {
+        let Some(direct) = self.direct.as_mut().filter(|_| !self.is_mute) else { return };
+        if is_stun(packet) {
+            direct.handle_stun(now, packet);
+        } else if let Some(sender) = small::disco_sender(packet) {
+            let Some((key, peer)) = self.peers.iter().find(|(_, peer)| peer.disco_public == sender) else {
                 return;
+            };
+            if let Some(probe) = small::open_probe(packet, &peer.disco) {
+                count(&self.counters.direct_datagrams, 1);
+                direct.handle_probe(now, Origin::Udp(from), (*key, sender), &probe);
+                self.act();
             }
-            // The same transaction again is a duplicate.
-            let ping = small::open_ping(packet, &peer.disco).filter(|txid| peer.last_ping != Some(*txid));
-            if let Some(txid) = ping {
-                peer.last_ping = Some(txid);
-                let pong = small::pong(txid, self.region, &self.disco_public, &peer.disco);
-                wire::put(&mut self.out, wire::SEND_PACKET, &[&from.0, &pong]);
-                count(&self.counters.disco_pings, 1);
-            }
-            return;
+        } else if let Some(owner) = direct.wireguard_from(now, &from) {
+            count(&self.counters.direct_datagrams, 1);
+            self.wireguard(owner, packet, now);
         }
+    }
+
+    /// Carries out what the choice of paths asks for.
+    fn act(&mut self) {
+        while let Some(effect) = self.direct.as_mut().and_then(DirectCore::next_effect) {
+            match effect {
+                Effect::Ping { peer, via, txid } => {
+                    self.say(&peer, via, &Probe::Ping { txid, node: Some(self.public) });
+                }
+                Effect::Pong { peer, to, txid } => {
+                    let observed = match to {
+                        Via::Direct(source) => source,
+                        Via::Relay => small::relay_endpoint(self.region),
+                    };
+                    self.say(&peer, to, &Probe::Pong { txid, observed });
+                    count(&self.counters.disco_pings, 1);
+                }
+                Effect::CallMeMaybe { peer, endpoints } => {
+                    self.say(&peer, Via::Relay, &Probe::CallMeMaybe(endpoints));
+                }
+                Effect::UserPong => count(&self.counters.user_pongs, 1),
+                Effect::CollectEndpoints => {}
+            }
+        }
+    }
+
+    /// Sends a probe.
+    fn say(&mut self, to: &NodePublic, via: Via, probe: &Probe) {
+        let Some(peer) = self.peers.get(to) else { return };
+        let bytes = small::seal_probe(probe, &self.disco_public, &peer.disco);
+        if let Some(direct) = &mut self.direct {
+            direct.note_probe(to, via, probe);
+        }
+        match (via, &mut self.direct) {
+            (Via::Relay, _) => relay(&mut self.out, to, &bytes),
+            (Via::Direct(to), Some(direct)) => {
+                let ping = match probe {
+                    Probe::Ping { txid, .. } => Some(*txid),
+                    Probe::Pong { .. } | Probe::CallMeMaybe(_) => None,
+                };
+                direct.put(Datagram { to, bytes, ping });
+            }
+            (Via::Direct(_), None) => {}
+        }
+    }
+
+    /// Takes a datagram of WireGuard, whichever way it came.
+    fn wireguard(&mut self, from: NodePublic, packet: &[u8], now: Instant) {
+        let Some(peer) = self.peers.get_mut(&from) else { return };
         self.buffer.resize(open_room(packet.len()).max(self.buffer.len()), 0);
         let session = match peer.engine.open(now, packet, &mut self.buffer) {
             Opened::Packet { len, session } => {
@@ -364,8 +352,9 @@ impl Core {
                 session
             }
             Opened::Answer { len, session } => {
-                let answer = self.buffer.get(..len).unwrap_or_default().to_vec();
-                self.transmit(from, &answer, now);
+                let buffer = std::mem::take(&mut self.buffer);
+                self.deliver(&from, buffer.get(..len).unwrap_or_default(), now);
+                self.buffer = buffer;
                 session
             }
             Opened::Nothing { session } | Opened::Malformed { session } => session,
@@ -375,6 +364,14 @@ impl Core {
             count(&self.counters.handshakes, 1);
             self.drain(from, now);
         }
+    }
+
+    /// Sends a datagram of WireGuard the ways that its peer's path names.
+    fn deliver(&mut self, to: &NodePublic, datagram: &[u8], now: Instant) {
+        if self.direct.as_mut().is_none_or(|direct| direct.send(now, *to, datagram)) {
+            relay(&mut self.out, to, datagram);
+        }
+        self.act();
     }
 
     /// Takes a packet out of the tunnel.
@@ -389,6 +386,10 @@ impl Core {
             TSMP => {
                 let [own, _] = self.addresses;
                 small::tsmp_pong(packet, own).inspect(|_| count(&self.counters.tsmp_pings, 1))
+            }
+            ICMPV6 if small::is_echo_reply(packet) => {
+                count(&self.counters.echo_replies, 1);
+                None
             }
             ICMPV6 => small::echo_reply(packet).inspect(|_| count(&self.counters.echo_requests, 1)),
             _ => {
@@ -414,28 +415,37 @@ impl Core {
         let mut room = [0; seal_room(MTU)];
         let Some(out) = room.get_mut(..seal_room(packet.len())) else { return };
         if let Sealed::Data(len) | Sealed::Handshake(len) = peer.engine.seal(now, plain, out) {
-            self.transmit(to, room.get(..len).unwrap_or_default(), now);
+            self.deliver(&to, out.get(..len).unwrap_or_default(), now);
         }
     }
 
     fn drain(&mut self, to: NodePublic, now: Instant) {
         let mut room = [0; seal_room(MTU)];
         while let Some(len) = self.peers.get_mut(&to).and_then(|peer| peer.engine.drain(now, &mut room)) {
-            self.transmit(to, room.get(..len).unwrap_or_default(), now);
+            self.deliver(&to, room.get(..len).unwrap_or_default(), now);
         }
     }
 
-    /// Lets paths and TCP work after packets came in or their time has come.
-    pub(super) fn poll(&mut self, now: Instant) {
-        if let Some(direct) = self.direct.as_mut() {
-            if direct.due(now) <= now {
-                direct.ask(now);
-            }
-            for peer in self.peers.values_mut() {
-                peer.path.handle_timeout(now);
-            }
-            self.follow_paths(now);
+    /// Asks another node for an echo. Returns whether it is a peer.
+    pub(super) fn send_echo(&mut self, to: Ipv6Addr, now: Instant) -> bool {
+        let Some(key) = self.by_address.get(&to).copied() else { return false };
+        let [_, own] = self.addresses;
+        self.seal(key, &small::echo_request(own, to), now);
+        true
+    }
+
+    /// Asks another node for a pong, as a person does.
+    pub(super) fn user_ping(&mut self, to: Ipv6Addr, now: Instant) -> bool {
+        let Some(key) = self.by_address.get(&to).copied() else { return false };
+        if let Some(direct) = &mut self.direct {
+            direct.user_ping(now, &key);
         }
+        self.act();
+        true
+    }
+
+    /// Lets TCP work after packets came in or its time has come.
+    pub(super) fn poll(&mut self, now: Instant) {
         let Some(mut stack) = self.stack.take() else { return };
         stack.poll(now, |packet| {
             let destination = small::ipv6(packet).and_then(|(_, to, _)| self.by_address.get(&to).copied());
@@ -449,10 +459,7 @@ impl Core {
 
     /// When [`Core::poll`] is due without a packet.
     pub(super) fn due(&mut self, now: Instant) -> Option<Instant> {
-        let stack = self.stack.as_mut().and_then(|stack| stack.due(now));
-        let Some(direct) = &self.direct else { return stack };
-        let paths = self.peers.values().filter_map(|peer| peer.path.poll_timeout());
-        paths.chain(stack).chain([direct.due(now)]).min()
+        self.stack.as_mut()?.due(now)
     }
 
     /// Lets WireGuard's time pass. Returns whether there is something to send.
@@ -464,18 +471,95 @@ impl Core {
             self.engines.reset_guard();
         }
         let mut room = [0; seal_room(MTU)];
-        for key in self.peers.keys().copied().collect::<Vec<_>>() {
-            let ticked = self.peers.get_mut(&key).map(|peer| peer.engine.tick(now, &mut room));
-            if let Some(Ticked::Send(len)) = ticked {
-                self.transmit(key, room.get(..len).unwrap_or_default(), now);
+        let mut due = Vec::new();
+        for (key, peer) in &mut self.peers {
+            if let Ticked::Send(len) = peer.engine.tick(now, &mut room) {
+                due.push((*key, room.get(..len).unwrap_or_default().to_vec()));
             }
         }
-        !self.out.is_empty() || self.direct.is_some()
+        for (key, datagram) in due {
+            self.deliver(&key, &datagram, now);
+        }
+        self.has_output() || self.needs_shell()
+    }
+
+    /// Whether something is to be written to the relay.
+    pub(super) fn has_output(&self) -> bool {
+        !self.out.is_empty()
+    }
+
+    /// Whether the task of the sockets has something to do.
+    pub(super) fn needs_shell(&self) -> bool {
+        self.direct.as_ref().is_some_and(DirectCore::needs_shell)
+    }
+
+    /// Lets time pass for direct paths. Returns whether peers are to be told other endpoints.
+    pub(super) fn pass_time(&mut self, now: Instant) -> bool {
+        let is_changed = self.direct.as_mut().is_some_and(|direct| direct.pass_time(now));
+        self.act();
+        is_changed
+    }
+
+    /// When the task of the sockets is due without a datagram.
+    pub(super) fn direct_due(&mut self, now: Instant) -> Option<Instant> {
+        let direct = self.direct.as_ref().and_then(|direct| direct.due(now));
+        [self.due(now), direct].into_iter().flatten().min()
+    }
+
+    pub(super) fn take_datagrams(&mut self, into: &mut VecDeque<Datagram>) {
+        if let Some(direct) = &mut self.direct {
+            direct.take_output(into);
+        }
+    }
+
+    pub(super) fn handle_unsent(&mut self, datagram: &Datagram) {
+        if let Some(direct) = &mut self.direct {
+            direct.handle_unsent(datagram);
+        }
+    }
+
+    /// Takes the addresses of new sockets.
+    pub(super) fn handle_sockets(&mut self, locals: Vec<SocketAddr>) {
+        if let Some(direct) = &mut self.direct {
+            direct.handle_sockets(locals);
+        }
+    }
+
+    pub(super) fn want_rebind(&mut self) {
+        if let Some(direct) = &mut self.direct {
+            direct.want_rebind();
+        }
+    }
+
+    pub(super) fn take_rebind(&mut self) -> bool {
+        self.direct.as_mut().is_some_and(DirectCore::take_rebind)
+    }
+
+    /// Allows or blocks direct paths.
+    pub(super) fn set_direct(&mut self, now: Instant, allowed: Direct) {
+        let Some(direct) = &mut self.direct else { return };
+        direct.set_direct(now, allowed);
+        // What peers said while it was blocked was not kept.
+        for (key, peer) in &self.peers {
+            direct.handle_node(now, *key, peer.disco_public, &peer.endpoints);
+        }
+        self.act();
+    }
+
+    pub(super) fn path(&self, now: Instant) -> AgentPath {
+        self.direct.as_ref().map(|direct| direct.path(now)).unwrap_or_default()
     }
 
     /// Takes what is to be written to the relay.
     pub(super) fn take_output(&mut self, buffer: &mut BytesMut) {
         std::mem::swap(&mut self.out, buffer);
         self.out.clear();
+    }
+}
+
+/// Puts a packet for another node into what the relay gets.
+fn relay(out: &mut BytesMut, to: &NodePublic, packet: &[u8]) {
+    if out.len() < MAX_OUT {
+        wire::put(out, wire::SEND_PACKET, &[&to.0, packet]);
     }
 }

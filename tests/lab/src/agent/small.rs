@@ -1,15 +1,19 @@
-//! The small languages that an agent answers by itself: path probes over the relay, TSMP pings and ICMPv6
-//! echo requests inside the tunnel (tailnet-data 5, 12.2). Written apart from warren's own on purpose.
+//! The small languages that an agent speaks by itself: path probes, TSMP pings and ICMPv6 echo requests inside
+//! the tunnel (tailnet-data 5, 12.2). Written apart from warren's own on purpose.
 
-use std::net::Ipv6Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use warren_proto::key::{BoxShared, DiscoPublic, random};
+use warren_proto::key::{BoxShared, DiscoPublic, NodePublic, random};
+
+use super::direct::Probe;
 
 /// Length of an IPv6 header.
 pub(super) const IPV6: usize = 40;
 pub(super) const TCP: u8 = 6;
 pub(super) const ICMPV6: u8 = 58;
 pub(super) const TSMP: u8 = 99;
+const ECHO_REQUEST: u8 = 128;
+const ECHO_REPLY: u8 = 129;
 
 const MAGIC: &[u8; 6] = b"TS\xf0\x9f\x92\xac";
 /// Magic and sender.
@@ -18,26 +22,83 @@ const DISCO_HEADER: usize = 6 + 32;
 const PADDED: usize = 1232;
 const DISCO_PING: u8 = 1;
 const DISCO_PONG: u8 = 2;
+const CALL_ME_MAYBE: u8 = 3;
+/// Bytes of an address and a port.
+const ENDPOINT: usize = 18;
 
 /// The sender of a path probe, if the packet is one.
 pub(super) fn disco_sender(packet: &[u8]) -> Option<DiscoPublic> {
     packet.strip_prefix(MAGIC)?.first_chunk().map(|key| DiscoPublic(*key))
 }
 
-/// The transaction of a ping that was made between these keys.
-pub(super) fn open_ping(packet: &[u8], shared: &BoxShared) -> Option<[u8; 12]> {
+/// What a probe says that was made between these keys.
+pub(super) fn open_probe(packet: &[u8], shared: &BoxShared) -> Option<Probe> {
     let plain = shared.open_with_nonce(packet.get(DISCO_HEADER..)?)?;
-    let body = plain.strip_prefix(&[DISCO_PING])?.get(1..)?;
-    body.first_chunk().copied()
+    let (&[kind, version], body) = plain.split_first_chunk()?;
+    match kind {
+        DISCO_PING => {
+            let (txid, rest) = body.split_first_chunk()?;
+            let node = rest.first_chunk().map(|key| NodePublic(*key)).filter(|key| !key.is_zero());
+            Some(Probe::Ping { txid: *txid, node })
+        }
+        DISCO_PONG => {
+            let (txid, rest) = body.split_first_chunk()?;
+            Some(Probe::Pong { txid: *txid, observed: read_endpoint(rest)? })
+        }
+        // What cannot be read is as good as an empty list.
+        CALL_ME_MAYBE if version != 0 || !body.len().is_multiple_of(ENDPOINT) => {
+            Some(Probe::CallMeMaybe(Vec::new()))
+        }
+        CALL_ME_MAYBE => Some(Probe::CallMeMaybe(body.chunks(ENDPOINT).filter_map(read_endpoint).collect())),
+        _ => None,
+    }
 }
 
-/// The answer to a ping that came over the relay of a region.
-pub(super) fn pong(txid: [u8; 12], region: u16, own: &DiscoPublic, shared: &BoxShared) -> Vec<u8> {
-    // What stands for a relay where a socket address is told.
-    const RELAY: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 127, 3, 3, 40];
-    let mut plain = [[DISCO_PONG, 1].as_slice(), &txid, &RELAY, &region.to_be_bytes()].concat();
-    plain.resize(PADDED, 0);
+/// Seals a probe, pings and pongs padded.
+pub(super) fn seal_probe(probe: &Probe, own: &DiscoPublic, shared: &BoxShared) -> Vec<u8> {
+    let plain = match probe {
+        Probe::Ping { txid, node } => {
+            let node = node.map_or([0; 32], |key| key.0);
+            pad([[DISCO_PING, 1].as_slice(), txid, &node].concat())
+        }
+        Probe::Pong { txid, observed } => {
+            pad([[DISCO_PONG, 1].as_slice(), txid, &endpoint(observed)].concat())
+        }
+        Probe::CallMeMaybe(endpoints) => {
+            let mut plain = vec![CALL_ME_MAYBE, 0];
+            plain.extend(endpoints.iter().flat_map(endpoint));
+            plain
+        }
+    };
     [MAGIC.as_slice(), &own.0, &shared.seal_with_nonce(&random(), &plain)].concat()
+}
+
+/// What stands for the relay of a region where a socket address is told.
+pub(super) fn relay_endpoint(region: u16) -> SocketAddr {
+    (Ipv4Addr::new(127, 3, 3, 40), region).into()
+}
+
+fn pad(mut plain: Vec<u8>) -> Vec<u8> {
+    plain.resize(PADDED, 0);
+    plain
+}
+
+fn endpoint(of: &SocketAddr) -> [u8; ENDPOINT] {
+    let address = match of.ip() {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+        IpAddr::V6(v6) => v6,
+    };
+    let mut bytes = [0; ENDPOINT];
+    for (to, from) in bytes.iter_mut().zip(address.octets().into_iter().chain(of.port().to_be_bytes())) {
+        *to = from;
+    }
+    bytes
+}
+
+fn read_endpoint(bytes: &[u8]) -> Option<SocketAddr> {
+    let (address, rest) = bytes.split_first_chunk::<16>()?;
+    let port = u16::from_be_bytes(*rest.first_chunk()?);
+    Some(SocketAddr::new(IpAddr::from(*address).to_canonical(), port))
 }
 
 /// Source, destination and next header of a packet that is as long as it says or longer.
@@ -67,16 +128,14 @@ pub(super) fn tsmp_pong(packet: &[u8], own: Ipv6Addr) -> Option<Vec<u8>> {
 
 /// The answer to an echo request.
 pub(super) fn echo_reply(packet: &[u8]) -> Option<Vec<u8>> {
-    const REQUEST: u8 = 128;
-    const REPLY: u8 = 129;
     let (source, destination, _) = ipv6(packet)?;
     let length = usize::from(u16::from_be_bytes(*packet.get(4..)?.first_chunk()?));
     let message = packet.get(IPV6..IPV6 + length)?;
-    let [REQUEST, 0, _, _, data @ ..] = message else { return None };
+    let [ECHO_REQUEST, 0, _, _, data @ ..] = message else { return None };
     if sum(source, destination, ICMPV6, message) != 0 {
         return None;
     }
-    let mut reply = [[REPLY, 0, 0, 0].as_slice(), data].concat();
+    let mut reply = [[ECHO_REPLY, 0, 0, 0].as_slice(), data].concat();
     let checksum = sum(destination, source, ICMPV6, &reply).to_be_bytes();
     for (to, from) in reply.iter_mut().skip(2).zip(checksum) {
         *to = from;
@@ -86,12 +145,15 @@ pub(super) fn echo_reply(packet: &[u8]) -> Option<Vec<u8>> {
     Some(answer)
 }
 
-/// An echo request, for tests.
-#[cfg(test)]
+/// Whether an ICMPv6 packet is the answer to an echo request.
+pub(super) fn is_echo_reply(packet: &[u8]) -> bool {
+    packet.get(IPV6) == Some(&ECHO_REPLY)
+}
+
+/// An echo request.
 pub(crate) fn echo_request(source: Ipv6Addr, destination: Ipv6Addr) -> Vec<u8> {
-    let mut message = vec![128, 0, 0, 0, 1, 2, 0, 1, b'x'];
-    let checksum = sum(source, destination, ICMPV6, &message).to_be_bytes();
-    message[2..4].copy_from_slice(&checksum);
+    let message = |[high, low]: [u8; 2]| [ECHO_REQUEST, 0, high, low, 1, 2, 0, 1, b'x'];
+    let message = message(sum(source, destination, ICMPV6, &message([0, 0])).to_be_bytes());
     let mut packet = header(ICMPV6, message.len(), source, destination);
     packet.extend(message);
     packet
@@ -136,13 +198,40 @@ mod tests {
         let ping = [MAGIC.as_slice(), &theirs.public().0, &sealed].concat();
         assert_eq!(disco_sender(&ping), Some(theirs.public()));
         let shared = ours.shared(&theirs.public());
-        let txid = open_ping(&ping, &shared).unwrap();
-        let answer = pong(txid, 999, &ours.public(), &shared);
+        let node = Some(NodePublic([9; 32]));
+        assert_eq!(open_probe(&ping, &shared), Some(Probe::Ping { txid: [7; 12], node }));
+        let pong = Probe::Pong { txid: [7; 12], observed: relay_endpoint(999) };
+        let answer = seal_probe(&pong, &ours.public(), &shared);
         assert_eq!(answer.len(), 1310);
         let opened = theirs.shared(&ours.public()).open_with_nonce(&answer[DISCO_HEADER..]).unwrap();
         assert_eq!(opened[..2], [DISCO_PONG, 1]);
         assert_eq!(opened[2..14], [7; 12]);
         assert_eq!(opened[26..32], [127, 3, 3, 40, 3, 231]);
+    }
+
+    #[test]
+    fn warrens_own_probes_are_understood_and_ours_by_it() {
+        use warren_proto::disco::{self, Message};
+        let (ours, theirs) = (DiscoPrivate::generate(), DiscoPrivate::generate());
+        let (there, here) = (ours.shared(&theirs.public()), theirs.shared(&ours.public()));
+        let (node, v6) = (NodePublic([9; 32]), "[2001:db8::1]:2".parse().unwrap());
+        let endpoints = vec!["192.0.2.1:7".parse().unwrap(), v6];
+        let pairs = [
+            (
+                Probe::Ping { txid: [1; 12], node: Some(node) },
+                Message::Ping { txid: [1; 12], node: Some(node) },
+            ),
+            (Probe::Ping { txid: [1; 12], node: None }, Message::Ping { txid: [1; 12], node: None }),
+            (Probe::Pong { txid: [2; 12], observed: v6 }, Message::Pong { txid: [2; 12], source: v6 }),
+            (Probe::CallMeMaybe(endpoints.clone()), Message::CallMeMaybe(endpoints)),
+            (Probe::CallMeMaybe(vec![]), Message::CallMeMaybe(vec![])),
+        ];
+        for (probe, message) in pairs {
+            let sealed = seal_probe(&probe, &ours.public(), &there);
+            assert_eq!(disco::open(&sealed, &here), Ok(message.clone()));
+            let sealed = disco::seal(&message, &theirs.public(), &here, &random());
+            assert_eq!(open_probe(&sealed, &there), Some(probe));
+        }
     }
 
     #[test]

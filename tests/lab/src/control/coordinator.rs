@@ -181,6 +181,11 @@ impl Coordinator {
         inner.remove(place.id, Kind::Lost, "lost");
     }
 
+    /// Opens a tunnel from one peer to another as if it had asked; not where there are replicas.
+    pub(crate) fn introduce(&self, from: Uuid, to: Uuid) {
+        self.lock().add_tunnel(from, to);
+    }
+
     /// Lets a peer leave in good order, whoever serves its stream.
     pub(crate) fn say_goodbye(&self, id: Uuid) {
         let mut inner = self.lock();
