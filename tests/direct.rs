@@ -7,6 +7,7 @@ mod support;
 use std::time::Duration;
 
 use support::{Deployment, ServiceProcess, eventually, stderr, stdout, within};
+use warren_actors::udp::UdpSockets;
 use warren_lab::{Cut, LabOptions};
 
 /// Until a fact is told that the pinger finds out every 5 s.
@@ -59,6 +60,20 @@ fn where_the_deployment_forbids_direct_paths_everything_is_relayed() {
     }
     assert_eq!(scene.told_endpoints(), Vec::<String>::new());
     assert_eq!(scene.deployment.lab.agent_stats(agent).direct_datagrams, 0);
+}
+
+#[test]
+fn the_tunnels_sockets_have_the_buffers_that_its_service_may_ask_for() {
+    let scene = Scene::up(LabOptions::default());
+    scene.is_direct();
+    let log = scene.service.log();
+    let bound =
+        log.lines().find(|line| line.contains("UDP sockets are bound")).unwrap_or_else(|| panic!("{log}"));
+    let buffer = bound.split("receive_buffer=").nth(1).and_then(|rest| rest.split_whitespace().next());
+    // The service has the privileges of this test; the tunnel has none.
+    let allowed = UdpSockets::bind(0).unwrap().receive_buffer().unwrap();
+    assert_eq!(buffer.unwrap().parse(), Ok(allowed), "{bound}");
+    assert!(!log.contains("makes its UDP sockets itself"), "{log}");
 }
 
 #[test]

@@ -2,13 +2,16 @@
 //! alike (tailnet-data 7.11).
 //!
 //! [`UdpSockets`] are made by the composition, or elsewhere and handed over; the data plane registers them on
-//! its own thread as `Sockets`, and replaces them when they are to be bound anew. What is sent in batches is
-//! gathered in `Runs`; what comes is read into `Received`. Nothing here knows peers.
+//! its own thread as `Sockets`, and has whoever made them make others when they are to be bound anew. What is
+//! sent in batches is gathered in `Runs`; what comes is read into `Received`. Nothing here knows peers.
 
 use std::{
+    fmt,
+    future::Future,
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     os::fd::OwnedFd,
+    pin::Pin,
     sync::{Arc, Once},
 };
 
@@ -46,6 +49,27 @@ pub enum UdpError {
 pub struct UdpSockets {
     v4: UdpSocket,
     v6: Option<UdpSocket>,
+    maker: Arc<dyn MakeSockets>,
+}
+
+/// Who makes sockets, at first and whenever they are to be bound anew.
+pub trait MakeSockets: fmt::Debug + Send + Sync {
+    /// As [`UdpSockets::bind`], by somebody who may be asked again. Takes no longer than a link that changed can
+    /// be waited for.
+    fn make(self: Arc<Self>, port: u16) -> SocketsFuture;
+}
+
+/// Sockets that are being made.
+pub type SocketsFuture = Pin<Box<dyn Future<Output = Result<UdpSockets, UdpError>> + Send>>;
+
+/// This process makes its sockets, with buffers as large as it may.
+#[derive(Debug, Clone, Copy)]
+pub struct OwnSockets;
+
+impl MakeSockets for OwnSockets {
+    fn make(self: Arc<Self>, port: u16) -> SocketsFuture {
+        Box::pin(std::future::ready(UdpSockets::bind(port)))
+    }
 }
 
 /// The ports at which the sockets are bound.
@@ -77,11 +101,11 @@ impl UdpSockets {
                 opened => opened.map_err(UdpError::V4)?,
             };
             match open_v6(port_of(&v4)) {
-                Ok(v6) => return Ok(Self { v4, v6: Some(v6) }),
+                Ok(v6) => return Ok(Self { v4, v6: Some(v6), maker: Arc::new(OwnSockets) }),
                 Err(error) if is_taken(&error) && attempts > 0 => wanted = 0,
                 Err(error) => {
                     say_that_there_is_no_ipv6(&error);
-                    return Ok(Self { v4, v6: None });
+                    return Ok(Self { v4, v6: None, maker: Arc::new(OwnSockets) });
                 }
             }
         }
@@ -93,7 +117,22 @@ impl UdpSockets {
         let (v4, v6) = (UdpSocket::from(v4), v6.map(UdpSocket::from));
         prepare(&v4)?;
         v6.iter().try_for_each(prepare)?;
-        Ok(Self { v4, v6 })
+        Ok(Self { v4, v6, maker: Arc::new(OwnSockets) })
+    }
+
+    /// The same, to be made by `maker` when they are bound anew.
+    pub fn made_by(self, maker: Arc<dyn MakeSockets>) -> Self {
+        Self { maker, ..self }
+    }
+
+    /// To hand them over: IPv4's, and IPv6's where there is any.
+    pub fn into_owned(self) -> (OwnedFd, Option<OwnedFd>) {
+        (self.v4.into(), self.v6.map(OwnedFd::from))
+    }
+
+    /// Bytes that the kernel holds for us while we are busy, its own bookkeeping included.
+    pub fn receive_buffer(&self) -> io::Result<usize> {
+        Ok(sockopt::socket_recv_buffer_size(&self.v4)?)
     }
 
     /// Where they are bound.
@@ -108,14 +147,21 @@ pub(crate) struct Sockets {
     pub(crate) v4: Arc<Socket>,
     pub(crate) v6: Option<Arc<Socket>>,
     ports: LocalPorts,
+    maker: Arc<dyn MakeSockets>,
 }
 
 impl Sockets {
     /// Registers them on the runtime that this is called on.
     pub(crate) fn register(sockets: UdpSockets) -> io::Result<Self> {
         let ports = sockets.ports();
+        tracing::debug!(port = ports.v4, receive_buffer = sockets.receive_buffer()?, "UDP sockets are bound");
         let v6 = sockets.v6.map(Socket::register).transpose()?.map(Arc::new);
-        Ok(Self { v4: Arc::new(Socket::register(sockets.v4)?), v6, ports })
+        Ok(Self { v4: Arc::new(Socket::register(sockets.v4)?), v6, ports, maker: sockets.maker })
+    }
+
+    /// Who makes those that follow them.
+    pub(crate) fn maker(&self) -> Arc<dyn MakeSockets> {
+        Arc::clone(&self.maker)
     }
 
     /// Where they are bound.

@@ -24,11 +24,13 @@ use warren_proto::{
 
 mod client;
 mod server;
+mod sockets;
 #[cfg(test)]
 mod tests;
 
 pub use client::LinkClient;
 pub use server::{Answers, serve};
+pub use sockets::{ServiceSockets, SocketChannel, serve_sockets};
 
 /// The version of the link. The two ends are one program, so any other is a mistake.
 pub const VERSION: u32 = 1;

@@ -6,6 +6,7 @@
 //!  Pipes::from_child <─── pipe ─────  descriptor 4
 //!  Pipes::link       <─ socketpair ─> descriptor 5   our own program only
 //!  device            ── inherited ──> descriptor 6   where the service owns the network
+//!  Pipes::sockets    <─ socketpair ─> descriptor 7   our own program only
 //!  LogRing           <─── pipe ─────  descriptor 2
 //! ```
 //!
@@ -37,6 +38,8 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, DropGuard};
 use warren_actors::speaker::descriptors::{Descriptors, ReadEnd, WriteEnd};
 
+use crate::link::SocketChannel;
+
 pub mod binary;
 mod exit;
 pub mod hardening;
@@ -54,6 +57,8 @@ const WRITE: i32 = 4;
 const LINK: i32 = 5;
 /// The device, and what `StartRequest` says of it.
 pub const DEVICE: i32 = 6;
+/// The child's end of the channel by which it asks for UDP sockets.
+const SOCKETS: i32 = 7;
 
 /// Variables that any child may know: proxies and certificates.
 const KEPT_VARIABLES: &[&str] = &[
@@ -105,6 +110,8 @@ pub struct Pipes {
     pub to_child: WriteEnd,
     /// The private link.
     pub link: Option<UnixStream>,
+    /// Where it asks for UDP sockets.
+    pub sockets: Option<SocketChannel>,
 }
 
 /// Why there is no child.
@@ -321,13 +328,16 @@ fn prepare(launch: Launch) -> io::Result<(Command, Pipes)> {
     command.envs(launch.variables);
     command.env("CODER_VPN_DAEMON_RPC_READ_HANDLE", READ.to_string());
     command.env("CODER_VPN_DAEMON_RPC_WRITE_HANDLE", WRITE.to_string());
-    let link = match launch.program {
+    let (link, sockets) = match launch.program {
         Program::Own => {
-            let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
-            ours.set_nonblocking(true)?;
+            let (link, theirs) = std::os::unix::net::UnixStream::pair()?;
+            link.set_nonblocking(true)?;
             mappings.push(FdMapping { parent_fd: theirs.into(), child_fd: LINK });
             command.env("WARREN_LINK_FD", LINK.to_string());
-            Some(UnixStream::from_std(ours)?)
+            let (sockets, theirs) = SocketChannel::pair()?;
+            mappings.push(FdMapping { parent_fd: theirs, child_fd: SOCKETS });
+            command.env("WARREN_SOCKETS_FD", SOCKETS.to_string());
+            (Some(UnixStream::from_std(link)?), Some(sockets))
         }
         Program::Foreign(_) => {
             // It looks for the tools of the host's network.
@@ -335,7 +345,7 @@ fn prepare(launch: Launch) -> io::Result<(Command, Pipes)> {
                 "PATH",
                 std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into()),
             );
-            None
+            (None, None)
         }
     };
     if let Some(device) = launch.device {
@@ -344,7 +354,7 @@ fn prepare(launch: Launch) -> io::Result<(Command, Pipes)> {
     command.fd_mappings(mappings).map_err(io::Error::other)?;
     hardening::confine(&mut command, &launch.program);
     let ends = Descriptors::from((we_read, we_write)).open().map_err(io::Error::other)?;
-    Ok((command, Pipes { from_child: ends.0, to_child: ends.1, link }))
+    Ok((command, Pipes { from_child: ends.0, to_child: ends.1, link, sockets }))
 }
 
 #[cfg(test)]

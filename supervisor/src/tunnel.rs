@@ -35,6 +35,7 @@ use warren_actors::{
         Speaker, SpeakerError,
         descriptors::{DescriptorError, Descriptors},
     },
+    udp::{MakeSockets, OwnSockets},
 };
 use warren_observability::{
     exporter::{Exporter, Process},
@@ -44,7 +45,7 @@ use warren_proto::header::Role;
 
 use crate::{
     child::{ChildSpec, End, SupervisorSpec},
-    link,
+    link::{self, ServiceSockets, SocketChannel},
     process::hardening::{self, Gains},
     tree::Tree,
 };
@@ -84,6 +85,8 @@ pub struct TunnelArgs {
     pub write: i64,
     /// The number of the private link's descriptor, if our own service started us.
     pub link: Option<i32>,
+    /// The number of the descriptor by which our own service is asked for UDP sockets.
+    pub sockets: Option<i32>,
     /// Who owns the network where the manager gives no device.
     pub default_network: NetworkOwner,
     /// Whether faults may be forced into parts over the private link.
@@ -106,9 +109,11 @@ pub enum TunnelError {
     /// The manager's two descriptors are of no use.
     #[error(transparent)]
     Descriptors(#[from] DescriptorError),
-    /// The private link's descriptor is of no use.
-    #[error("the private link (fd={number}): {error}")]
-    Link {
+    /// What our own service handed over is of no use.
+    #[error("what the service handed over as WARREN_{}_FD (fd={number}): {error}", .what.to_uppercase())]
+    Handed {
+        /// What it was for.
+        what: &'static str,
         /// Its number.
         number: i32,
         /// What is wrong with it.
@@ -156,6 +161,7 @@ pub fn run(args: TunnelArgs) -> Result<ExitCode, TunnelError> {
     let failed = hardening::harden(Gains::Never);
     let manager = handed::manager(args.read, args.write)?;
     let link = args.link.map(|number| handed::link(number, &args)).transpose()?;
+    let sockets = args.sockets.map(|number| handed::sockets(number, &args)).transpose()?;
     let sink = LogSink::default();
     logs::init(&args.logs, Some(manager_log::reader(sink.clone(), &args.logs.filter)))?;
     for (what, error) in failed {
@@ -172,7 +178,8 @@ pub fn run(args: TunnelArgs) -> Result<ExitCode, TunnelError> {
             greeted = greet(manager, args.read) => greeted?,
             () = signals.received() => return Ok(0),
         };
-        Ok(live(Tunnel { stream: greeted, link, sink, exporter, dialer }, &args, signals).await)
+        let sockets = sockets.map(SocketChannel::new).transpose()?;
+        Ok(live(Tunnel { stream: greeted, link, sockets, sink, exporter, dialer }, &args, signals).await)
     });
     runtime.shutdown_timeout(THREADS_LIMIT);
     outcome.map(ExitCode::from)
@@ -191,6 +198,7 @@ async fn greet(manager: Descriptors, read: i64) -> Result<Arc<Stream>, TunnelErr
 struct Tunnel {
     stream: Arc<Stream>,
     link: Option<std::os::unix::net::UnixStream>,
+    sockets: Option<SocketChannel>,
     sink: LogSink,
     exporter: Exporter,
     dialer: Arc<Dialer>,
@@ -246,13 +254,13 @@ async fn live(tunnel: Tunnel, args: &TunnelArgs, mut signals: Signals) -> u8 {
         }
     };
     let stop = CancellationToken::new();
-    let mut nets = tokio::spawn(net::follow(
-        tree.clone(),
-        deps.boot.view(),
-        deps.net.clone(),
-        tunnel.dialer,
-        stop.clone(),
-    ));
+    let sockets: Arc<dyn MakeSockets> = match tunnel.sockets {
+        Some(channel) => Arc::new(ServiceSockets::new(channel)),
+        None => Arc::new(OwnSockets),
+    };
+    let means = net::Means { dialer: tunnel.dialer, sockets };
+    let mut nets =
+        tokio::spawn(net::follow(tree.clone(), deps.boot.view(), deps.net.clone(), means, stop.clone()));
     if let Some(stream) = tunnel.link {
         serve_link(stream, Own::new(tree.clone(), deps.net.clone(), tunnel.exporter, args));
     }

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use warren_proto::{disco::is_probe, stun};
 
 use super::{Plane, endure, inbound::Inbound};
-use crate::udp::{Gather, LocalPorts, Received, Socket, Sockets, UdpError, UdpSockets};
+use crate::udp::{Gather, LocalPorts, MakeSockets, Received, Socket, Sockets, UdpError};
 
 /// For whoever still uses the old sockets.
 const RELEASE_LIMIT: Duration = Duration::from_millis(300);
@@ -57,6 +57,8 @@ impl Readers {
 
 #[derive(Debug, Default)]
 struct Reading {
+    /// Who makes sockets; once there were any.
+    maker: Option<Arc<dyn MakeSockets>>,
     /// The port that was bound last.
     port: u16,
     stop: CancellationToken,
@@ -96,7 +98,7 @@ impl Plane {
 
     fn start_readers(self: &Arc<Self>, reading: &mut Reading, sockets: Sockets) {
         let sockets = Arc::new(sockets);
-        reading.port = sockets.ports().v4;
+        (reading.port, reading.maker) = (sockets.ports().v4, Some(sockets.maker()));
         reading.stop = self.stop.child_token();
         reading.tasks = sockets.all().map(|socket| self.start_reader(&reading.stop, socket)).collect();
         self.udp.store(Some(sockets));
@@ -114,11 +116,9 @@ impl Plane {
     /// Closes the sockets and binds new ones, at the same port if nobody else took it meanwhile.
     pub(super) async fn rebind(self: &Arc<Self>) -> Result<LocalPorts, RebindError> {
         let mut reading = self.readers.reading.lock().await;
-        if !self.readers.has_sockets() {
-            return Err(RebindError::NoSockets);
-        }
+        let maker = reading.maker.clone().ok_or(RebindError::NoSockets)?;
         self.close(&mut reading).await;
-        let sockets = Sockets::register(UdpSockets::bind(reading.port)?)?;
+        let sockets = Sockets::register(maker.make(reading.port).await?)?;
         let ports = sockets.ports();
         self.start_readers(&mut reading, sockets);
         Ok(ports)

@@ -17,7 +17,12 @@ use warren_core::{coordination, relay_map::Node};
 use warren_proto::{key::random, stun::Response};
 
 use super::*;
-use crate::{dial::DialOptions, facts::RelayLink, relay::upgrade::Upgrades};
+use crate::{
+    dial::DialOptions,
+    facts::RelayLink,
+    relay::upgrade::Upgrades,
+    udp::{MakeSockets, SocketsFuture},
+};
 
 const LIMIT: Duration = Duration::from_secs(20);
 const REGION: RegionId = RegionId(999);
@@ -437,8 +442,7 @@ async fn two_peers_become_direct_over_ipv6_alone() {
 #[tokio::test]
 async fn a_side_without_ipv6_becomes_direct_over_ipv4() {
     let world = World::new().await;
-    let v4 = StdUdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
-    let mut a = world.side_with(1, UdpSockets::from_owned(v4.into(), None).unwrap());
+    let mut a = world.side_with(1, Arc::new(V4Only).make(0).await.unwrap());
     let mut b = world.direct_side(2);
     let mut map = direct_network(&[&b]);
     let out_of_reach = "[::1]:9".parse().unwrap();
@@ -448,6 +452,7 @@ async fn a_side_without_ipv6_becomes_direct_over_ipv4() {
     assert_eq!(a.hear_direct().await, b.endpoint());
     a.device.send(&packet(&a, &b, 100)).await.unwrap();
     assert_eq!(b.read_packet().await, packet(&a, &b, 100));
+    assert_eq!(a.plane.rebind().await.unwrap().v6, None, "whoever made them makes the others as well");
 }
 
 #[tokio::test]
@@ -855,6 +860,18 @@ impl Events for Heard {
 
     fn handshake(&self, peer: NodePublic) {
         self.handshake.try_send(peer).unwrap();
+    }
+}
+
+/// Makes sockets as on a machine without IPv6.
+#[derive(Debug)]
+struct V4Only;
+
+impl MakeSockets for V4Only {
+    fn make(self: Arc<Self>, port: u16) -> SocketsFuture {
+        let v4 = StdUdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap();
+        let made = UdpSockets::from_owned(v4.into(), None).map(|made| made.made_by(self));
+        Box::pin(std::future::ready(made))
     }
 }
 

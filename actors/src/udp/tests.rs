@@ -160,7 +160,8 @@ async fn a_run_that_no_device_cuts_is_sent_singly() {
 async fn sockets_that_somebody_else_made_are_used_as_they_are() {
     let made = UdpSockets::bind(0).unwrap();
     let ports = made.ports();
-    let handed_over = UdpSockets::from_owned(made.v4.into(), made.v6.map(Into::into)).unwrap();
+    let (v4, v6) = made.into_owned();
+    let handed_over = UdpSockets::from_owned(v4, v6).unwrap();
     assert_eq!(handed_over.ports(), ports);
     let (a, b) = (sockets(), Sockets::register(handed_over).unwrap());
     a.send((Ipv4Addr::LOCALHOST, ports.v4).into(), b"hello").unwrap();

@@ -168,6 +168,7 @@ fn parse(arguments: &[String], variable: impl Fn(&str) -> Option<OsString>) -> R
         read,
         write,
         link: from_environment.link,
+        sockets: from_environment.sockets,
         default_network: if flags.no_device { NetworkOwner::Nobody } else { NetworkOwner::Tunnel },
         allow_faults: flags.allow_faults,
         agent_metrics: flags.agent_metrics,
@@ -183,6 +184,7 @@ struct Environment {
     read: Option<i64>,
     write: Option<i64>,
     link: Option<i32>,
+    sockets: Option<i32>,
 }
 
 fn environment(variable: impl Fn(&str) -> Option<OsString>) -> Result<Environment, Refusal> {
@@ -193,9 +195,10 @@ fn environment(variable: impl Fn(&str) -> Option<OsString>) -> Result<Environmen
     };
     let (read, write) =
         (handle(READ_VARIABLE, "rpc-read-handle"), handle(WRITE_VARIABLE, "rpc-write-handle"));
-    let link = handle("WARREN_LINK_FD", "WARREN_LINK_FD").map(|link| i32::try_from(link).unwrap_or(-1));
+    let [link, sockets] = ["WARREN_LINK_FD", "WARREN_SOCKETS_FD"]
+        .map(|name| handle(name, name).map(|number| i32::try_from(number).unwrap_or(-1)));
     if errors.is_empty() {
-        return Ok(Environment { read, write, link });
+        return Ok(Environment { read, write, link, sockets });
     }
     let noun = if errors.len() == 1 { "error" } else { "errors" };
     let list = errors.iter().map(|error| format!("\n\t* {error}")).collect::<String>();
@@ -316,9 +319,14 @@ mod tests {
 
     #[test]
     fn a_flag_wins_over_the_environment_and_each_may_stand_for_one_handle() {
-        let variables = [(READ_VARIABLE, "7"), (WRITE_VARIABLE, "8"), ("WARREN_LINK_FD", "9")];
+        let variables = [
+            (READ_VARIABLE, "7"),
+            (WRITE_VARIABLE, "8"),
+            ("WARREN_LINK_FD", "9"),
+            ("WARREN_SOCKETS_FD", "10"),
+        ];
         let args = run("run --rpc-write-handle 4", &variables);
-        assert_eq!((args.read, args.write, args.link), (7, 4, Some(9)));
+        assert_eq!((args.read, args.write, args.link, args.sockets), (7, 4, Some(9), Some(10)));
     }
 
     #[test]
@@ -326,7 +334,9 @@ mod tests {
         let args = run("run --rpc-read-handle 3 --rpc-write-handle 4", &[("WARREN_LOG", "")]);
         assert_eq!(args.default_network, NetworkOwner::Tunnel);
         assert_eq!((args.logs.format, args.logs.filter.as_str()), (Format::Text, "info"));
-        assert!(!args.allow_faults && args.ca_file.is_none() && args.link.is_none());
+        assert!(
+            !args.allow_faults && args.ca_file.is_none() && args.link.is_none() && args.sockets.is_none()
+        );
     }
 
     #[test]

@@ -203,11 +203,13 @@ fn absent(net: Option<&Net>) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use warren_actors::dial::{DialOptions, Dialer};
     use warren_core::relay_map::{Region, RegionId, RelayMap};
 
     use super::*;
-    use crate::tunnel::net::{assemble, tests::boot};
+    use crate::tunnel::net::{
+        assemble,
+        tests::{boot, means},
+    };
 
     #[test]
     fn a_tunnel_that_is_not_started_is_idle() {
@@ -217,8 +219,7 @@ mod tests {
 
     #[tokio::test]
     async fn status_says_how_control_and_relays_stand_and_what_is_absent() {
-        let dialer = Arc::new(Dialer::new(DialOptions::default()).unwrap());
-        let net = assemble(boot(1, NetworkOwner::Nobody), dialer).unwrap();
+        let net = assemble(boot(1, NetworkOwner::Nobody), &means()).await.unwrap();
         let error = "no route".to_owned();
         net.link.claim().unwrap().set(LinkState::Waiting { error: error.clone(), retry_in: Duration::ZERO });
         let region = RegionId(7);
@@ -236,8 +237,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_region_that_has_left_the_relay_map_has_no_metrics_any_more() {
-        let dialer = Arc::new(Dialer::new(DialOptions::default()).unwrap());
-        let net = assemble(boot(1, NetworkOwner::Nobody), dialer).unwrap();
+        let net = assemble(boot(1, NetworkOwner::Nobody), &means()).await.unwrap();
         let map = |numbers: &[u16]| {
             let region = |number: &u16| Region {
                 id: RegionId(*number),

@@ -23,16 +23,25 @@ pub(super) fn manager(read: i64, write: i64) -> Result<Descriptors, DescriptorEr
 
 /// The private link.
 pub(super) fn link(number: RawFd, args: &TunnelArgs) -> Result<UnixStream, TunnelError> {
-    let taken = number < 0 || [args.read, args.write].contains(&i64::from(number));
-    let refused = |error| TunnelError::Link { number, error };
-    if taken {
+    let stream = UnixStream::from(adopt("link", number, &[args.read, args.write])?);
+    stream.set_nonblocking(true).map_err(|error| TunnelError::Handed { what: "link", number, error })?;
+    Ok(stream)
+}
+
+/// The channel by which the service is asked for UDP sockets.
+pub(super) fn sockets(number: RawFd, args: &TunnelArgs) -> Result<OwnedFd, TunnelError> {
+    adopt("sockets", number, &[args.read, args.write, args.link.map_or(-1, i64::from)])
+}
+
+/// Takes over a descriptor that nothing else in this process knows.
+fn adopt(what: &'static str, number: RawFd, others: &[i64]) -> Result<OwnedFd, TunnelError> {
+    let refused = |error| TunnelError::Handed { what, number, error };
+    if number < 0 || others.contains(&i64::from(number)) {
         return Err(refused(io::Error::new(io::ErrorKind::InvalidInput, "not a number of its own")));
     }
     // SAFETY: not negative, and used for nothing but to ask whether it is open.
     let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
     rustix::io::fcntl_setfd(borrowed, FdFlags::CLOEXEC).map_err(|error| refused(error.into()))?;
     // SAFETY: open, and as in `manager` nobody else owns it.
-    let stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(number) });
-    stream.set_nonblocking(true).map_err(refused)?;
-    Ok(stream)
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }

@@ -18,7 +18,7 @@ use warren_actors::{
     registry::{self, Registry},
     relay::{self, RelayPart},
     runtime::{Address, Cell, CellWriter, View},
-    udp::UdpSockets,
+    udp::MakeSockets,
 };
 use warren_core::relay_map::RegionId;
 use warren_proto::key::NodePublic;
@@ -43,14 +43,14 @@ pub(super) async fn follow(
     tree: Tree,
     mut boots: View<Option<Arc<Boot>>>,
     net: Cell<Option<Arc<Net>>>,
-    dialer: Arc<Dialer>,
+    means: Means,
     stop: CancellationToken,
 ) {
     let Ok(published) = net.claim() else {
         tracing::error!("somebody else builds nets");
         return;
     };
-    let builder = Builder { tree, published, dialer };
+    let builder = Builder { tree, published, means };
     let mut built: Option<Built> = None;
     while let Some(Some(boot)) = stop.run_until_cancelled(boots.changed()).await {
         let boot = boot.as_ref().clone();
@@ -70,10 +70,18 @@ pub(super) async fn follow(
     }
 }
 
+/// What every net is built with.
+pub(super) struct Means {
+    /// How servers are reached.
+    pub(super) dialer: Arc<Dialer>,
+    /// Who makes the sockets for direct paths.
+    pub(super) sockets: Arc<dyn MakeSockets>,
+}
+
 struct Builder {
     tree: Tree,
     published: CellWriter<Option<Arc<Net>>>,
-    dialer: Arc<Dialer>,
+    means: Means,
 }
 
 /// A net, and its parts if they could start.
@@ -86,7 +94,7 @@ impl Builder {
     /// A net whose parts could not start is published too, with the reason: it fails the Start at once.
     async fn build(&self, boot: Arc<Boot>) -> Option<Built> {
         let generation = boot.generation;
-        let net = match assemble(boot, Arc::clone(&self.dialer)) {
+        let net = match assemble(boot, &self.means).await {
             Ok(net) => Arc::new(net),
             Err(error) => {
                 tracing::error!(generation, %error, "the data plane cannot be started");
@@ -147,16 +155,16 @@ fn parts(net: &Arc<Net>) -> SupervisorSpec {
     SupervisorSpec { children: children.into_iter().flatten().collect(), ..spec }
 }
 
-pub(super) fn assemble(boot: Arc<Boot>, dialer: Arc<Dialer>) -> io::Result<Net> {
+pub(super) async fn assemble(boot: Arc<Boot>, means: &Means) -> io::Result<Net> {
     let (identity, addresses) = (Identity::generate(), Addresses::default());
-    let udp = UdpSockets::bind(ANY_PORT);
+    let udp = Arc::clone(&means.sockets).make(ANY_PORT).await;
     let udp =
         udp.inspect_err(|error| tracing::warn!(%error, "there are no direct paths; everything is relayed"));
     let data_plane = DataPlane::start(DataPlaneConfig {
         node: identity.node.clone(),
         disco: identity.disco.clone(),
         address: identity.address,
-        dialer,
+        dialer: Arc::clone(&means.dialer),
         events: Arc::new(Ears(addresses.clone())),
         udp: udp.ok(),
     })?;

@@ -27,7 +27,7 @@ use super::{
 use crate::{
     facts::{Peers, Service},
     intent::Order,
-    link::LinkClient,
+    link::{LinkClient, serve_sockets},
     process::{
         DEVICE, Launch as Spawning, Pipes, Process, Program,
         binary::{self, BinaryError},
@@ -188,6 +188,8 @@ where
     }
 
     async fn greet(&self, process: Process, pipes: Pipes) -> Result<(Greeted, CellWriter<Peers>), Failure> {
+        // Ends with the process.
+        pipes.sockets.map(|channel| tokio::spawn(serve_sockets(channel)));
         let peers = claim_peers(&self.service).await?;
         let (from, to) = (pipes.from_child, pipes.to_child);
         let connected = Speaker::connect(from, to, Role::Manager, Role::Tunnel, HANDSHAKE_LIMIT).await;

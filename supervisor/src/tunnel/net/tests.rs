@@ -6,7 +6,7 @@ use std::{
 };
 
 use tokio::task::JoinHandle;
-use warren_actors::dial::DialOptions;
+use warren_actors::{dial::DialOptions, udp::OwnSockets};
 
 use super::*;
 
@@ -22,6 +22,11 @@ pub(in super::super) fn boot(generation: u64, network: NetworkOwner) -> Arc<Boot
     })
 }
 
+/// Nothing but what this process can do by itself.
+pub(in super::super) fn means() -> Means {
+    Means { dialer: Arc::new(Dialer::new(DialOptions::default()).unwrap()), sockets: Arc::new(OwnSockets) }
+}
+
 struct Rig {
     tree: Tree,
     boot: CellWriter<Option<Arc<Boot>>>,
@@ -34,9 +39,8 @@ impl Rig {
     async fn new() -> Self {
         let (boots, net) = (Cell::new(None), Cell::new(None));
         let tree = Tree::start(SupervisorSpec::new("root", 3, Duration::from_secs(120))).await.unwrap();
-        let (stop, dialer) =
-            (CancellationToken::new(), Arc::new(Dialer::new(DialOptions::default()).unwrap()));
-        let following = follow(tree.clone(), boots.view(), net.clone(), dialer, stop.clone());
+        let stop = CancellationToken::new();
+        let following = follow(tree.clone(), boots.view(), net.clone(), means(), stop.clone());
         Self { tree, boot: boots.claim().unwrap(), net, stop, follower: tokio::spawn(following) }
     }
 
