@@ -46,6 +46,11 @@ impl ServiceProcess {
         Self::begin(namespace.enter(WARREN), &[], "")
     }
 
+    /// Starts a service without a device that logs what it logs as shipped, and waits until it listens.
+    pub(crate) fn start_as_shipped() -> Self {
+        Self::begin(Command::new(WARREN), &["--no-tun", "--log-filter", "info"], "")
+    }
+
     fn begin(command: Command, more: &[&str], config: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("config.toml"), config).unwrap();
@@ -160,7 +165,8 @@ impl Drop for ServiceProcess {
 fn spawn(mut command: Command, more: &[&str], folder: &Path) -> Child {
     let log = std::fs::OpenOptions::new().create(true).append(true).open(folder.join("service.log")).unwrap();
     command
-        .args(["service", "--metrics-listen", "127.0.0.1:0", "--log-filter", "trace"])
+        .args(["service", "--metrics-listen", "127.0.0.1:0"])
+        .args(if more.contains(&"--log-filter") { [].as_slice() } else { &["--log-filter", "trace"] })
         .args(more)
         .arg("--config")
         .arg(folder.join("config.toml"))
