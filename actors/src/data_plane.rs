@@ -282,6 +282,11 @@ impl DataPlane {
         self.stir(self.plane.peers.set(|| map.get(), &self.plane.engines, Instant::now()));
     }
 
+    /// What there is to say about a peer; `None` if it is not programmed.
+    pub fn stats_of(&self, peer: &NodePublic) -> Option<PeerStats> {
+        Some(self.plane.peers.by_key(peer)?.stats())
+    }
+
     /// What there is to say about each peer.
     pub fn stats(&self) -> BTreeMap<NodePublic, PeerStats> {
         self.plane.peers.all().iter().map(|peer| (peer.key, peer.stats())).collect()

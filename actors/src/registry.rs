@@ -88,10 +88,11 @@ impl Registry {
         });
     }
 
-    /// Reads the engine once for all agents, so that the cost is linear in their number.
     fn publish(&self, state: &mut State) {
-        let (map, stats) = (self.net.network_map.get(), self.net.data_plane.stats());
-        state.roster.set_handshakes(|agent| stats.get(&map.peers.get(agent)?.node_key)?.last_handshake);
+        let (map, data_plane) = (self.net.network_map.get(), &self.net.data_plane);
+        state
+            .roster
+            .set_handshakes(|agent| data_plane.stats_of(&map.peers.get(agent)?.node_key)?.last_handshake);
         state.published_at = Some(Instant::now());
         if state.peers.set_if_changed(state.roster.snapshot().clone()) {
             state.gauges.show(state.roster.snapshot());

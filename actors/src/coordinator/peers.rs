@@ -148,11 +148,11 @@ pub(super) fn now() -> std::time::Instant {
     Instant::now().into_std()
 }
 
-/// How long ago each peer completed a handshake, read once for a whole batch.
-fn last_handshakes(data_plane: &DataPlane) -> impl Fn(&NodePublic) -> Option<Duration> + use<> {
-    let (stats, now) = (data_plane.stats(), SystemTime::now());
+/// How long ago a peer completed a handshake, asked for one at a time: most messages concern few peers.
+fn last_handshakes(data_plane: &DataPlane) -> impl Fn(&NodePublic) -> Option<Duration> {
+    let now = SystemTime::now();
     move |key| {
-        let last = stats.get(key)?.last_handshake?;
+        let last = data_plane.stats_of(key)?.last_handshake?;
         // One in the future is a clock that was set back.
         Some(now.duration_since(last).unwrap_or_default())
     }
