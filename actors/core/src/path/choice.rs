@@ -110,6 +110,12 @@ impl Taken {
         self.best.is_trusted(now) && self.suspicion.is_calm()
     }
 
+    /// When its last answer is so old.
+    pub(super) fn ages_at(&self, age: Duration) -> Instant {
+        let until = self.best.trusted_until + age;
+        until.checked_sub(TRUST).unwrap_or(until)
+    }
+
     /// What a newcomer competes with: nothing, if this one is dead.
     pub(super) fn rival(&self, now: Instant) -> Option<Measured> {
         let is_dead = self.suspicion.is_condemned() || now > self.best.trusted_until + DEAD_AFTER;

@@ -7,8 +7,10 @@ use warren_proto::disco::TxId;
 
 use super::{Effect, Number, Path, Standing, suspicion::Verdict, withdrawal::Say};
 
-/// Between two pings to the path that is taken, while the peer is talked to.
+/// How old an answer of the path that is taken may become while the peer is talked to.
 const HEARTBEAT: Duration = Duration::from_secs(3);
+/// And while hardly anything is sent: users' pings, every 5 s, keep the path as well.
+const RENEWAL: Duration = Duration::from_millis(5500);
 /// How long after the last packet the peer is still talked to.
 const ACTIVE: Duration = Duration::from_secs(45);
 
@@ -23,7 +25,10 @@ impl Session {
     /// Something is sent: a session begins or goes on.
     pub(super) fn note_sent(session: &mut Option<Self>, now: Instant) {
         match session {
-            Some(session) => session.last_sent = now,
+            Some(session) => {
+                session.last_sent = now;
+                session.heartbeat = session.heartbeat.min(now + HEARTBEAT);
+            }
             None => *session = Some(Self { last_sent: now, heartbeat: now + HEARTBEAT }),
         }
     }
@@ -118,6 +123,12 @@ impl Path {
         let Some(taken) = self.standing.taken() else { return };
         let (address, latency) = (taken.address(), taken.latency());
         if !taken.suspicion.is_calm() {
+            return;
+        }
+        let is_busy = now.saturating_duration_since(session.last_sent) < HEARTBEAT;
+        let due = taken.ages_at(if is_busy { HEARTBEAT } else { RENEWAL });
+        if due > now {
+            session.heartbeat = due;
             return;
         }
         self.ping(now, &address, Number::Any(None));

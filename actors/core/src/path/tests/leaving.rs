@@ -112,7 +112,7 @@ fn a_dead_idle_path_is_found_out_by_its_heartbeat() {
     bench.pass(300 * MS);
     bench.answer_all();
     bench.take();
-    bench.pass(4 * S);
+    bench.pass(7 * S);
     let effects = bench.taken();
     assert!(effects.contains(&Effect::ProveRelay), "{effects:?}");
 }

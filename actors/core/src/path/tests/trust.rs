@@ -44,6 +44,30 @@ fn the_path_taken_is_pinged_every_three_seconds_while_the_peer_is_talked_to() {
     assert_eq!(bench.take(), [], "later it is not");
 }
 
+/// The reference pings such a path every 3 s besides.
+#[test]
+fn the_path_of_a_peer_that_only_users_ping_gets_no_pings_besides() {
+    let mut bench = Bench::direct();
+    let mut pings = 0;
+    for second in 0..300 {
+        if second % 25 == 0 {
+            // WireGuard's keepalive.
+            bench.path.route(bench.now);
+            bench.path.handle_received(bench.now, Via::Direct(peer(1)));
+        }
+        if second % 5 == 0 {
+            bench.path.user_ping(bench.now, number(1 << 40 | second));
+        }
+        for _ in 0..100 {
+            bench.pass(S / 100);
+            pings += pinged(&bench.effects.iter().map(|(_, it)| it.clone()).collect::<Vec<_>>()).len();
+            bench.answer_all();
+        }
+        assert!(bench.path.best().unwrap().trusted_until > bench.now);
+    }
+    assert_eq!(pings, 60 + 12, "a user's every 5 s, and one where a keepalive was all that was heard");
+}
+
 #[test]
 fn a_better_path_is_looked_for_once_a_minute_unless_this_one_is_good_enough() {
     for (latency, expected) in [(5 * MS, 0), (6 * MS, 4)] {
