@@ -366,7 +366,6 @@ fn a_path_that_dies_under_load_is_left_within_a_second_and_taken_again_within_an
 /// Data comes all the time, so there is no silence; that our own pings are not answered goes unnoticed until trust
 /// ends, as with the reference itself.
 #[test]
-#[ignore = "an unanswered ping alone raises no suspicion: packets are lost for up to 6.5 s"]
 fn our_direction_alone_that_dies_is_noticed_by_the_next_heartbeat_though_a_reference_peer_is_heard() {
     let mut world = Story::quiet(WITH_REFERENCE[0], [None; 2]).begin();
     world.run(Duration::from_secs(20));
@@ -379,7 +378,6 @@ fn our_direction_alone_that_dies_is_noticed_by_the_next_heartbeat_though_a_refer
 /// wrong, though it names another address than those before. Who is to follow, if it is ours, hears data from the new
 /// address, and does not miss that from the one that it sends to.
 #[test]
-#[ignore = "whoever was moved by its translator is sent to its old address for up to 6.5 s"]
 fn a_translator_that_starts_anew_and_shows_a_peer_elsewhere_costs_a_second() {
     for makes in [[Make::Ours; 2], WITH_REFERENCE[1]] {
         let mut world = Story::quiet(makes, [None, Some(Kind::Symmetric)]).begin();
@@ -394,7 +392,6 @@ fn a_translator_that_starts_anew_and_shows_a_peer_elsewhere_costs_a_second() {
 /// make it leave, and that its packets come by relay although we are direct shows that it should; but the calls were
 /// lost, and are not repeated.
 #[test]
-#[ignore = "a reference peer whose relay was down when we moved sends everything twice for good"]
 fn a_reference_peer_that_missed_the_calls_about_a_new_port_is_told_when_its_relay_is_back() {
     let mut world = Story { are_neighbours: true, ..Story::quiet(WITH_REFERENCE[1], [None; 2]) }.begin();
     world.run(Duration::from_secs(20));

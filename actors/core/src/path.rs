@@ -20,6 +20,7 @@
 //! | `suspicion`, `alarms` | when the path taken is dead, and what false alarms teach |
 //! | `withdrawal` | how the peer is made to leave it too |
 //! | `calling` | where the peer is told that we are |
+//! | `detour` | when it seems not to have understood |
 //! | `standing`, `moves` | how the peer is reached, and what a change brings with it |
 //! | `steps` | what time brings |
 
@@ -35,6 +36,7 @@ use self::{
     alarms::Alarms,
     calling::Calling,
     candidates::{Candidates, Heard},
+    detour::Detour,
     outbox::{Number, Outbox, Pending},
     outstanding::{Outstanding, Sent, Target},
     rounds::Rounds,
@@ -54,6 +56,7 @@ mod alarms;
 mod calling;
 mod candidates;
 mod choice;
+mod detour;
 mod moves;
 mod outbox;
 mod outstanding;
@@ -168,6 +171,7 @@ pub struct Path {
     rounds: Rounds,
     alarms: Alarms,
     withdrawal: Withdrawal,
+    detour: Detour,
     calling: Calling,
     /// Until when a change of our addresses is one of the link, which the peer has to follow.
     settles_at: Option<Instant>,
@@ -290,7 +294,7 @@ impl Path {
         }
         self.verify(from);
         let patience = self.patience(now);
-        if let Some(taken) = self.standing.taken_mut() {
+        if let Some(taken) = self.standing.taken_mut().filter(|taken| taken.is_from(from)) {
             taken.suspicion.handle_ping(now, patience);
         }
         if heard == Some(Heard::New) || !self.standing.is_trusted(now) {
@@ -318,8 +322,15 @@ impl Path {
                     return None;
                 }
                 self.calling.note_observed(observed);
-                self.verify(canonical(&from));
+                let from = canonical(&from);
+                self.verify(from);
                 self.consider(now, Measured { address, latency });
+                if let Some(taken) = self.standing.taken_mut().filter(|taken| taken.address() == address) {
+                    taken.note_source(from);
+                    if self.calling.note_seen(now, address, observed) {
+                        self.withdrawal.start(now);
+                    }
+                }
                 self.handle_timeout(now);
                 Via::Direct(address)
             }
@@ -350,10 +361,18 @@ impl Path {
     /// WireGuard's datagrams came from the peer, and were authentic. Once a batch.
     pub fn handle_received(&mut self, now: Instant, from: Via) {
         match from {
-            Via::Relay(_) => self.withdrawal.handle_heard(),
-            Via::Direct(_) => {
+            Via::Relay(_) => {
+                self.withdrawal.handle_heard();
+                if self.detour.handle_relayed(now, self.standing.is_trusted(now)) {
+                    self.withdrawal.start(now);
+                    self.handle_timeout(now);
+                }
+            }
+            Via::Direct(from) => {
+                self.detour.handle_direct();
                 let patience = self.patience(now);
-                if let Some(taken) = self.standing.taken_mut() {
+                let from = canonical(&from);
+                if let Some(taken) = self.standing.taken_mut().filter(|taken| taken.is_from(from)) {
                     taken.suspicion.handle_data(now, patience);
                 }
             }

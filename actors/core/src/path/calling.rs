@@ -13,10 +13,13 @@ const FRESH: Duration = Duration::from_secs(27);
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Between two messages of our own accord: each makes the peer ping all it knows of us.
 const SPACING: Duration = Duration::from_secs(1);
-/// Of our own addresses now; with those before and those observed fewer than peers take.
+/// Of our own addresses now; with those before and those observed fewer than peers take. Peers ping each of all of
+/// them, so that few should be of the past: the one that a peer keeps to is among the latest.
 const MAX_OWN: usize = 60;
-const MAX_PAST: usize = 20;
-const MAX_OBSERVED: usize = 20;
+const MAX_PAST: usize = 6;
+const MAX_OBSERVED: usize = 4;
+/// A translator that shows us elsewhere at every turn is not followed more often than that.
+const MOVES_APART: Duration = Duration::from_secs(5);
 
 /// Where we are, were, and seem to be; and who waits to be told.
 #[derive(Debug, Default)]
@@ -25,6 +28,9 @@ pub(super) struct Calling {
     collected: Option<Instant>,
     past: Recent<MAX_PAST>,
     observed: Recent<MAX_OBSERVED>,
+    /// By which of its addresses the peer was reached last, and where it saw us then.
+    seen: Option<(SocketAddr, SocketAddr)>,
+    moved_at: Option<Instant>,
     wish: Wish,
     last: Option<Instant>,
 }
@@ -76,6 +82,19 @@ impl Calling {
         for address in probeable(&[address], 1) {
             self.observed.note(address);
         }
+    }
+
+    /// Notes where the peer saw us over the path taken. Returns whether that is elsewhere than before: a translator
+    /// between us started anew, and the peer sends to where we were.
+    pub(super) fn note_seen(&mut self, now: Instant, over: SocketAddr, observed: SocketAddr) -> bool {
+        let before = self.seen.replace((over, observed));
+        let has_moved = before.is_some_and(|(before, seen)| before == over && seen != observed);
+        let is_soon = self.moved_at.is_some_and(|at| now.saturating_duration_since(at) < MOVES_APART);
+        if !has_moved || is_soon {
+            return false;
+        }
+        self.moved_at = Some(now);
+        true
     }
 
     /// Nothing that is known of our addresses counts any more.

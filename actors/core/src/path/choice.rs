@@ -82,6 +82,8 @@ fn is_private(ip: &IpAddr) -> bool {
 #[derive(Debug)]
 pub(super) struct Taken {
     best: Best,
+    /// Where its answers come from: a host with several addresses may choose another one for them, and for data.
+    source: SocketAddr,
     pub(super) suspicion: Suspicion,
 }
 
@@ -90,7 +92,17 @@ impl Taken {
     pub(super) fn new(at: Instant, measured: Measured) -> Self {
         let Measured { address, latency } = measured;
         let best = Best { address, latency, trusted_until: at + TRUST };
-        Self { best, suspicion: Suspicion::default() }
+        Self { best, source: address, suspicion: Suspicion::default() }
+    }
+
+    /// Its latest answer came from there.
+    pub(super) fn note_source(&mut self, source: SocketAddr) {
+        self.source = source;
+    }
+
+    /// Whether what comes from there comes by this path.
+    pub(super) fn is_from(&self, source: SocketAddr) -> bool {
+        source == self.source || source == self.best.address
     }
 
     pub(super) fn best(&self) -> Best {

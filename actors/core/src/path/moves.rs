@@ -184,7 +184,7 @@ impl Path {
         }
         let patience = self.patience(now);
         if let Some(taken) = self.standing.taken_mut().filter(|taken| taken.address() == *to) {
-            taken.suspicion.handle_sent(now, patience);
+            taken.suspicion.handle_asked(now, patience);
         }
         self.outbox.push(Pending::Ping { to: *to, at: now, number });
     }

@@ -7,7 +7,10 @@ use warren_proto::disco::TxId;
 
 use super::{Effect, Number, Path, Standing, suspicion::Verdict, withdrawal::Say};
 
-/// How old an answer of the path that is taken may become while the peer is talked to.
+/// How old an answer of the path that is taken may become while data goes both ways: that the peer's comes says nothing
+/// of ours.
+const BUSY: Duration = Duration::from_millis(500);
+/// And while the peer is talked to.
 const HEARTBEAT: Duration = Duration::from_secs(3);
 /// And while hardly anything is sent: users' pings, every 5 s, keep the path as well.
 const RENEWAL: Duration = Duration::from_millis(5500);
@@ -27,7 +30,7 @@ impl Session {
         match session {
             Some(session) => {
                 session.last_sent = now;
-                session.heartbeat = session.heartbeat.min(now + HEARTBEAT);
+                session.heartbeat = session.heartbeat.min(now + BUSY);
             }
             None => *session = Some(Self { last_sent: now, heartbeat: now + HEARTBEAT }),
         }
@@ -125,8 +128,12 @@ impl Path {
         if !taken.suspicion.is_calm() {
             return;
         }
-        let is_busy = now.saturating_duration_since(session.last_sent) < HEARTBEAT;
-        let due = taken.ages_at(if is_busy { HEARTBEAT } else { RENEWAL });
+        let age = match now.saturating_duration_since(session.last_sent) {
+            quiet if quiet <= BUSY && taken.suspicion.hears(now) => BUSY,
+            quiet if quiet < HEARTBEAT => HEARTBEAT,
+            _ => RENEWAL,
+        };
+        let due = taken.ages_at(age);
         if due > now {
             session.heartbeat = due;
             return;

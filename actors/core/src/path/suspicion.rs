@@ -1,10 +1,10 @@
 //! Whether the path that is taken is dead (tailnet-data 7.12, step 1).
 //!
 //! ```text
-//!            silence                       unanswered pings
+//!      silence, a ping without      unanswered pings
 //!   Calm ──────────────────> Suspect ─────────────────────────> Condemned
-//!    ^   or an accusation    data goes     one a pause         the relay has to prove itself
-//!    │                       both ways                         before the path is left
+//!    ^   answer, or an       data goes     one a pause         the relay has to prove itself
+//!    │   accusation          both ways                         before the path is left
 //!    └──────────── an answer; received data proves one direction only
 //! ```
 
@@ -35,17 +35,21 @@ impl Patience {
     }
 }
 
+/// So many pings more decide on a path over which the peer is heard: the one that raised the suspicion may just have
+/// been lost, and there is no hurry, since our data goes both ways meanwhile.
+const DOUBTS: u8 = 2;
+
 /// What is thought of the path that is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Suspicion {
     /// Nothing is wrong.
-    Calm(Silence),
+    Calm(Calm),
     /// The path has to answer.
     Suspect {
         /// When it came under suspicion.
         since: Instant,
-        /// Pings so far.
-        pings: u8,
+        /// Pings that are yet to go unanswered; `None` before the first.
+        left: Option<u8>,
         /// When the next is due, or the verdict.
         next: Instant,
     },
@@ -56,10 +60,19 @@ pub(super) enum Suspicion {
     },
 }
 
+/// When calm ends.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Calm {
+    silence: Silence,
+    /// Until when a ping should have been answered.
+    answer_due: Option<Instant>,
+}
+
 /// When silence becomes suspicious.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Silence {
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Silence {
     /// Never: neither was anything sent since the peer was heard, nor was it sending.
+    #[default]
     Natural,
     /// Then, because something was sent.
     AfterOurs(Instant),
@@ -80,7 +93,27 @@ pub(super) enum Verdict {
 
 impl Default for Suspicion {
     fn default() -> Self {
-        Self::Calm(Silence::Natural)
+        Self::Calm(Calm::default())
+    }
+}
+
+impl Silence {
+    fn due(self) -> Option<Instant> {
+        match self {
+            Self::Natural => None,
+            Self::AfterOurs(at) | Self::AfterTheirs(at) => Some(at),
+        }
+    }
+}
+
+impl Calm {
+    fn due(&self) -> Option<Instant> {
+        [self.silence.due(), self.answer_due].into_iter().flatten().min()
+    }
+
+    /// Whether the peer's data is coming, as of `now`.
+    fn hears(&self, now: Instant) -> bool {
+        matches!(self.silence, Silence::AfterTheirs(at) if now < at)
     }
 }
 
@@ -93,6 +126,11 @@ impl Suspicion {
         matches!(self, Self::Condemned { .. })
     }
 
+    /// Whether nothing is wrong and the peer's data is coming: then silence cannot tell that ours does not arrive.
+    pub(super) fn hears(&self, now: Instant) -> bool {
+        matches!(self, Self::Calm(calm) if calm.hears(now))
+    }
+
     /// When the path came under suspicion, if it is.
     pub(super) fn since(&self) -> Option<Instant> {
         match self {
@@ -103,45 +141,56 @@ impl Suspicion {
 
     /// Something was sent over the path: the first since the peer was heard waits for an answer.
     pub(super) fn handle_sent(&mut self, now: Instant, patience: Patience) {
-        if let Self::Calm(silence @ Silence::Natural) = self {
+        if let Self::Calm(Calm { silence: silence @ Silence::Natural, .. }) = self {
             *silence = Silence::AfterOurs(now + patience.silence);
+        }
+    }
+
+    /// The path was pinged. What is heard meanwhile answers nothing.
+    pub(super) fn handle_asked(&mut self, now: Instant, patience: Patience) {
+        self.handle_sent(now, patience);
+        if let Self::Calm(calm) = self {
+            calm.answer_due.get_or_insert(now + patience.silence);
         }
     }
 
     /// Data came from the peer over UDP: it is sending.
     pub(super) fn handle_data(&mut self, now: Instant, patience: Patience) {
-        if let Self::Calm(silence) = self {
-            *silence = Silence::AfterTheirs(now + patience.silence);
+        if let Self::Calm(calm) = self {
+            calm.silence = Silence::AfterTheirs(now + patience.silence);
         }
     }
 
     /// A ping came from the peer over UDP, which answers nothing of ours.
     pub(super) fn handle_ping(&mut self, now: Instant, patience: Patience) {
-        if let Self::Calm(Silence::AfterOurs(at) | Silence::AfterTheirs(at)) = self {
+        if let Self::Calm(Calm { silence: Silence::AfterOurs(at) | Silence::AfterTheirs(at), .. }) = self {
             *at = now + patience.silence;
         }
     }
 
     /// The path answered.
     pub(super) fn handle_answer(&mut self, now: Instant, patience: Patience) {
-        match self {
-            Self::Calm(Silence::AfterTheirs(at)) => *at = now + patience.silence,
-            Self::Calm(_) | Self::Suspect { .. } | Self::Condemned { .. } => *self = Self::default(),
-        }
+        let silence = match self {
+            Self::Calm(Calm { silence: Silence::AfterTheirs(_), .. }) => {
+                Silence::AfterTheirs(now + patience.silence)
+            }
+            Self::Calm(_) | Self::Suspect { .. } | Self::Condemned { .. } => Silence::Natural,
+        };
+        *self = Self::Calm(Calm { silence, answer_due: None });
     }
 
     /// There is a reason to doubt the path besides silence.
     pub(super) fn accuse(&mut self, now: Instant) {
         if self.is_calm() {
-            *self = Self::Suspect { since: now, pings: 0, next: now };
+            *self = Self::Suspect { since: now, left: None, next: now };
         }
     }
 
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
         match self {
-            Self::Calm(Silence::AfterOurs(at) | Silence::AfterTheirs(at)) => Some(*at),
+            Self::Calm(calm) => calm.due(),
             Self::Suspect { next, .. } => Some(*next),
-            Self::Calm(Silence::Natural) | Self::Condemned { .. } => None,
+            Self::Condemned { .. } => None,
         }
     }
 
@@ -150,14 +199,23 @@ impl Suspicion {
         if self.poll_timeout().is_none_or(|due| now < due) {
             return None;
         }
+        let pings = patience.pings + if self.hears(now) { DOUBTS } else { 0 };
         self.accuse(now);
-        let Self::Suspect { since, pings, next } = self else { return None };
-        if *pings >= patience.pings {
-            *self = Self::Condemned { since: *since };
-            return Some(Verdict::Dead);
-        }
-        *pings += 1;
+        let Self::Suspect { since, left, next } = self else { return None };
         *next = now + patience.pause;
-        Some(if *pings == 1 { Verdict::First } else { Verdict::Again })
+        match left {
+            None => {
+                *left = Some(pings - 1);
+                Some(Verdict::First)
+            }
+            Some(0) => {
+                *self = Self::Condemned { since: *since };
+                Some(Verdict::Dead)
+            }
+            Some(left) => {
+                *left -= 1;
+                Some(Verdict::Again)
+            }
+        }
     }
 }
