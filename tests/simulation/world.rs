@@ -81,7 +81,6 @@ pub(crate) struct World {
     /// When the conditions changed last.
     pub(crate) changed_at: Instant,
     /// When the translators of sites started anew last.
-    restarted: BTreeMap<usize, Instant>,
     stun: HostId,
     chance: SmallRng,
     events: BTreeMap<(Instant, u64), Event>,
@@ -111,7 +110,6 @@ impl World {
             network,
             seen: Seen { busiest_second: vec![0; peers.len()], ..Seen::default() },
             changed_at: now,
-            restarted: BTreeMap::new(),
             stun,
             chance: SmallRng::seed_from_u64(!seed),
             events: BTreeMap::new(),
@@ -184,12 +182,6 @@ impl World {
     /// A site's translator forgets what it knows.
     pub(crate) fn restart_nat(&mut self, site: usize) {
         self.network.restart_nat(site);
-        self.restarted.insert(site, self.now);
-    }
-
-    /// When a peer's translator started anew last.
-    pub(crate) fn moved_at(&self, id: PeerId) -> Option<Instant> {
-        self.restarted.get(&self.network.site_of(self.peers[id.0].host)).copied()
     }
 
     /// Whether a peer has its link to the relay.
