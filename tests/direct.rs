@@ -29,6 +29,11 @@ fn agents_are_reached_directly_and_what_a_person_sees_says_so() {
         let metrics = scene.service.metrics();
         support::sum(&metrics, "warren_path_changes_total", &["to=\"p2p\""]) >= 1.0
             && support::sum(&metrics, "warren_peers", &["connection_type=\"p2p\""]) >= 1.0
+            && support::sum(&metrics, "warren_netcheck_udp", &[]) == 1.0
+    });
+    eventually("the log names the agent and where it is", || {
+        let log = scene.service.log();
+        log.lines().any(|line| line.contains("an agent is reached directly") && line.contains("main.lab-1"))
     });
 }
 

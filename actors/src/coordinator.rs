@@ -29,8 +29,10 @@ use warren_proto::tailnet::WorkspaceUpdate;
 
 use crate::{
     facts::{LinkState, Net},
-    packet_io,
+    packet_io, pinger,
+    recovery::Plane,
     relay::{self, upgrade::Upgrades},
+    resume,
     runtime::{AlreadyClaimed, CellWriter, Context, Part, PartError},
 };
 
@@ -64,14 +66,17 @@ const JITTER: f64 = 0.3;
 const STEADY_AFTER: Duration = Duration::from_secs(10);
 /// Where only a person can help, trying again is for those who helped without telling us.
 const SLOW_RETRY: Duration = Duration::from_secs(5 * 60);
+/// Whoever looks for it sees a waking a few seconds after it at the latest.
+const SAME_WAKING: Duration = Duration::from_secs(5);
 /// The longest that a deployment may ask to be spared.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(10 * 60);
 
 /// What the coordinator hears.
 #[derive(Debug)]
 pub enum Message {
-    /// The machine woke up, or the network may have changed: looks at once whether the connection is alive.
-    Wake,
+    /// Something happened after which nothing is sure: looks at once whether the connection is alive, and tells
+    /// whom else that concerns.
+    Wake(Cause),
     /// Its own attempt to keep a connection got somewhere; an earlier one's than the latest is ignored.
     Report {
         /// Which attempt.
@@ -79,6 +84,17 @@ pub enum Message {
         /// Where it got.
         event: Event,
     },
+}
+
+/// What happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// The manager says that the machine woke up.
+    Manager,
+    /// We see that it did.
+    Resumed,
+    /// The network became another one.
+    Network,
 }
 
 /// Where an attempt to keep a connection got.
@@ -104,6 +120,8 @@ pub struct State {
     link: Link,
     backoff: Backoff,
     proven_at: Option<Instant>,
+    /// When the machine woke up last, as we or the manager saw it.
+    woken_at: Option<Instant>,
     attempt: JoinHandle<Option<()>>,
 }
 
@@ -131,6 +149,13 @@ impl Part for Coordinator {
         let shared = Arc::new(Shared::claim(&self.net, &self.memory)?);
         let timekeeper = Arc::clone(&shared);
         context.tasks.spawn(async move { timekeeper.peers.keep_time().await });
+        let me = context.me.clone();
+        context.tasks.spawn(async move {
+            loop {
+                resume::resumed().await;
+                let _ = me.send(Message::Wake(Cause::Resumed)).await;
+            }
+        });
         let (floor, cap, factor) = PAUSES;
         Ok(State {
             attempt: attempt(context, &shared, Begin::AtOnce),
@@ -138,6 +163,7 @@ impl Part for Coordinator {
             link,
             backoff: Backoff::new(floor, cap, factor, JITTER),
             proven_at: None,
+            woken_at: None,
         })
     }
 
@@ -148,7 +174,7 @@ impl Part for Coordinator {
         message: Message,
     ) -> Result<(), PartError> {
         match message {
-            Message::Wake => self.wake(state),
+            Message::Wake(cause) => self.wake(state, cause),
             Message::Report { attempt, event } if attempt == self.memory.lock().attempts => match event {
                 Event::Accepted => {
                     self.memory.lock().was_accepted = true;
@@ -156,6 +182,7 @@ impl Part for Coordinator {
                 }
                 Event::Proven => {
                     tracing::info!("the control connection is up");
+                    self.net.recovery.works(Plane::Control, peers::now(), peers::now());
                     state.proven_at = Some(Instant::now());
                     state.link.set(LinkState::Up { since: SystemTime::now() });
                 }
@@ -181,7 +208,16 @@ impl Coordinator {
         Self { net, memory }
     }
 
-    fn wake(&self, state: &mut State) {
+    /// A manager may see a waking as well as we do: both are one.
+    fn wake(&self, state: &mut State, cause: Cause) {
+        if cause != Cause::Network {
+            if state.woken_at.is_some_and(|at| at.elapsed() < SAME_WAKING) {
+                return;
+            }
+            state.woken_at = Some(Instant::now());
+        }
+        tracing::info!(?cause, "every connection has to show that it is alive");
+        self.net.recovery.begin(peers::now());
         state.backoff.reset();
         state.shared.wake.notify_one();
         let told = [
@@ -191,6 +227,7 @@ impl Coordinator {
                 .try_send(packet_io::Message::NetworkChanged)
                 .err()
                 .map(|error| error.to_string()),
+            self.net.pinger.try_send(pinger::Message::Woken).err().map(|error| error.to_string()),
         ];
         for error in told.into_iter().flatten() {
             tracing::debug!(error, "a part was not told that the network may have changed");

@@ -36,7 +36,9 @@ use warren_proto::{
 use crate::{
     coordinator,
     data_plane::DataPlane,
-    packet_io, pinger, registry,
+    packet_io, pinger,
+    recovery::Recovery,
+    registry,
     relay::{self, upgrade::Upgrades},
     runtime::{Address, Cell},
 };
@@ -244,6 +246,8 @@ pub struct Net {
     pub families: Cell<Families>,
     /// Where peers may reach us, best first.
     pub endpoints: Cell<Vec<SocketAddr>>,
+    /// What has to show that it works after a change of the network.
+    pub recovery: Recovery,
     /// The coordinator.
     pub coordinator: Address<coordinator::Message>,
     /// The registry.
@@ -292,6 +296,7 @@ impl Net {
             // Until somebody has looked, everything is tried.
             families: Cell::new(Families { v4: true, v6: true }),
             endpoints: Cell::default(),
+            recovery: Recovery::default(),
             coordinator,
             registry,
             packet_io,

@@ -8,6 +8,7 @@ pub mod facts;
 pub mod interfaces;
 pub mod packet_io;
 pub mod pinger;
+pub mod recovery;
 pub mod registry;
 pub mod relay;
 pub mod resume;

@@ -11,15 +11,17 @@ use std::{
     time::{Duration, Instant},
 };
 
+use metrics::counter;
 use warren_core::{
     endpoints::{Endpoints, Ports},
     netcheck::Families,
     network::{Change, Network},
     path::Direct,
 };
+use warren_observability::names;
 
 use crate::{
-    coordinator,
+    coordinator::{self, Cause},
     facts::{Net, NetworkOwner},
     interfaces, pinger,
     runtime::{CellWriter, Context, Part, PartError},
@@ -114,8 +116,9 @@ impl PacketIo {
         self.tell_whereabouts(state);
         if change == Some(Change::Major) {
             tracing::info!("the network has changed");
+            counter!(names::NETWORK_CHANGES).increment(1);
             // It tells everybody whom that concerns, us too. One that has no room left has heard of it already.
-            let _ = self.net.coordinator.try_send(coordinator::Message::Wake);
+            let _ = self.net.coordinator.try_send(coordinator::Message::Wake(Cause::Network));
         }
     }
 

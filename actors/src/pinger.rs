@@ -23,6 +23,7 @@ use warren_proto::key::random;
 use crate::{
     data_plane::{PingUnsent, Pong},
     facts::Net,
+    recovery::Plane,
     registry,
     runtime::{Alarm, Context, Part, PartError, Reply},
 };
@@ -37,6 +38,8 @@ pub enum Message {
     PeersChanged,
     /// A relay link came up, or the data plane knows new peers: agents that were silent may be reachable now.
     PathUp,
+    /// The machine woke up, or the network changed: who answered may not any more.
+    Woken,
     /// A pong arrived; stamped where it was received, or the mailbox would become latency.
     Pong(Pong),
     /// It is time for whatever is due.
@@ -130,6 +133,7 @@ impl Part for Pinger {
                 }
             }
             Message::PathUp => state.pings.handle_path_up(now),
+            Message::Woken => state.pings.handle_wake(now),
             Message::Pong(pong) => self.take_pong(state, pong),
             Message::PingNow { agent, limit, reply } => {
                 if let Err((refused, reply)) =
@@ -179,6 +183,9 @@ impl Pinger {
     }
 
     fn take_pong(&self, state: &mut State, pong: Pong) {
+        if let Some(asked) = pong.received_at.checked_sub(pong.latency) {
+            self.net.recovery.works(Plane::Data, asked, pong.received_at);
+        }
         let txid: &TxId = &pong.txid;
         let Some(answer) = state.pings.handle_pong(txid, &pong.peer, pong.received_at) else { return };
         let report = ping::report(

@@ -14,6 +14,7 @@ use warren_observability::names;
 use warren_proto::{key::NodePublic, vpn::workspace::Status};
 
 use crate::{
+    data_plane::PathChange,
     facts::{InterfaceConfig, Net},
     runtime::{CellWriter, Context, Part, PartError},
 };
@@ -41,6 +42,8 @@ pub enum Message {
     },
     /// A handshake with this peer was completed.
     Handshake(NodePublic),
+    /// Another way to a peer is taken.
+    PathChanged(PathChange),
     /// It is time to read the handshakes.
     Tick,
     /// It is time to publish what was gathered.
@@ -70,6 +73,22 @@ impl Registry {
 
     fn interface(&self) -> InterfaceConfig {
         InterfaceConfig { address: self.net.identity.address, routes: vec![CODER_ROUTE], mtu: MTU }
+    }
+
+    /// For people: by the agent's name, which the data plane does not know.
+    fn tell_of_path(&self, state: &State, change: &PathChange) {
+        let map = self.net.network_map.get();
+        let Some((id, _)) = map.peers.iter().find(|(_, peer)| peer.node_key == change.peer) else { return };
+        let agent = state.roster.snapshot().agents.get(id).and_then(|agent| agent.fqdn.first());
+        let agent = agent.map_or_else(|| id.to_string(), |name| name.trim_end_matches('.').to_owned());
+        match (change.from, change.to) {
+            (None, Some(to)) => tracing::info!(agent, %to, "an agent is reached directly"),
+            (Some(from), Some(to)) => {
+                tracing::info!(agent, %from, %to, "an agent is reached by another direct path")
+            }
+            (Some(from), None) => tracing::info!(agent, %from, "an agent is reached by relay again"),
+            (None, None) => {}
+        }
     }
 
     /// Publishes at once, or soon where something was published a moment ago.
@@ -135,6 +154,7 @@ impl Part for Registry {
                     self.gather(context, state);
                 }
             }
+            Message::PathChanged(change) => self.tell_of_path(state, &change),
             Message::Handshake(_) | Message::Tick => self.gather(context, state),
             Message::Publish => {
                 state.is_gathering = false;

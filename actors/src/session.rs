@@ -407,7 +407,7 @@ impl Session {
         let is_due = state.memory.get().last_wake.is_none_or(|last| last.elapsed() >= WAKE_DEBOUNCE);
         let net = self.deps.net.get();
         if let (Phase::Running { .. }, Some(net), true) = (state.phase(), net.as_ref(), is_due) {
-            match net.coordinator.try_send(coordinator::Message::Wake) {
+            match net.coordinator.try_send(coordinator::Message::Wake(coordinator::Cause::Manager)) {
                 Ok(()) => state.remember(|memory| memory.last_wake = Some(Instant::now())),
                 Err(error) => tracing::warn!(%error, "nobody to wake"),
             }

@@ -129,6 +129,14 @@ families! {
     /// Latency of a region's relay, as measured over HTTP.
     DERP_LATENCY = "warren_derp_latency_seconds", Gauge, SECONDS, ["region"];
 
+    /// Whether UDP gets out and back (1), as last looked at.
+    NETCHECK_UDP = "warren_netcheck_udp", Gauge, None, [];
+    /// Times that this machine's network became another one.
+    NETWORK_CHANGES = "warren_network_changes_total", Counter, None, [];
+    /// Time from a change of the network, or from waking up, until packets (data) and the deployment (control) got
+    /// through again.
+    RESUME_RECOVERY = "warren_resume_recovery_seconds", Histogram, SECONDS, ["plane"];
+
     /// Log lines that were dropped because the manager reads too slowly.
     LOGS_DROPPED = "warren_logs_dropped_total", Counter, None, [];
 }

@@ -178,6 +178,13 @@ impl<W> Pings<W> {
         }
     }
 
+    /// The machine woke up, or the network changed: everybody is pinged at once, and quickly until they answer.
+    pub fn handle_wake(&mut self, now: Instant) {
+        for id in self.agents.keys().copied().collect::<Vec<_>>() {
+            self.hurry(now, &id);
+        }
+    }
+
     /// Pings one agent at once; `reply` comes back with its answer, or when `until` has passed.
     pub fn ping_now(
         &mut self,

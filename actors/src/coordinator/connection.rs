@@ -26,10 +26,12 @@ use super::{
     calls::Calls,
     error::ControlError,
     http::{ApiClient, REQUEST_LIMIT},
+    peers::now,
     rpc, upgrade,
 };
 use crate::{
     facts::Boot,
+    recovery::Plane,
     runtime::Address,
     websocket::{ByteStream, Handle},
 };
@@ -188,9 +190,11 @@ impl Attempt {
                 () = self.shared.wake.notified() => ControlError::DeadOnWake,
                 () = handle.goes_unanswered(UNANSWERED) => ControlError::Unanswered,
             };
+            let asked = now();
             if !handle.is_alive(LIFE_LIMIT).await {
                 return dead;
             }
+            self.shared.net.recovery.works(Plane::Control, asked, now());
         }
     }
 

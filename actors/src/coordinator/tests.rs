@@ -368,9 +368,31 @@ mod waking {
         assert!(matches!(refused, LinkState::Refused { error } if error.contains("administrator")));
         rig.deployment.allow(TAILNET);
         let mut relay = rig.relay().await;
-        rig.net.coordinator.send(Message::Wake).await.unwrap();
+        rig.net.coordinator.send(Message::Wake(Cause::Manager)).await.unwrap();
         rig.deployment.connection().await;
         assert!(matches!(relay.recv().await, Some(relay::Message::NetworkChanged)));
+    }
+
+    #[tokio::test]
+    async fn a_waking_that_is_seen_twice_is_one_and_it_is_noted_when_the_connection_works_again() {
+        let mut rig = Rig::started().await;
+        let mut connection = rig.deployment.connection().await;
+        let _streams = answer(&mut connection, &[]).await;
+        rig.link(|link| matches!(link, LinkState::Up { .. })).await;
+        let mut relay = rig.relay().await;
+        for cause in [Cause::Manager, Cause::Resumed, Cause::Network] {
+            rig.net.coordinator.send(Message::Wake(cause)).await.unwrap();
+        }
+        for _ in 0..2 {
+            assert!(matches!(relay.recv().await, Some(relay::Message::NetworkChanged)));
+        }
+        let works = async {
+            while rig.net.recovery.waits_for() != [Plane::Data] {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(Duration::from_secs(20), works).await.unwrap();
+        assert!(relay.try_recv().is_err());
     }
 }
 

@@ -6,11 +6,13 @@ use std::{
     time::{Instant, SystemTime},
 };
 
+use metrics::gauge;
 use tokio::task::JoinHandle;
 use warren_core::{
     netcheck::{Effect, Family, Netcheck, Report, RunId, StunHost, StunTarget, Trigger, Unsent, Usage},
     relay_map::RelayMap,
 };
+use warren_observability::names;
 use warren_proto::stun::TxId;
 
 use super::{
@@ -102,6 +104,7 @@ impl Survey {
                     self.publish(Seen { looks: 0, mappings, report });
                 }
                 Effect::Finished(report) => {
+                    gauge!(names::NETCHECK_UDP).set(if report.has_udp() { 1.0 } else { 0.0 });
                     let (mappings, told) = (report.mappings, Some((SystemTime::now(), report.clone())));
                     self.publish(Seen { looks: 0, mappings, report: told });
                     reports.push(report);

@@ -1046,7 +1046,7 @@ impl Part for Ears {
         (): &mut (),
         message: Self::Message,
     ) -> Result<(), PartError> {
-        assert!(matches!(message, coordinator::Message::Wake));
+        assert!(matches!(message, coordinator::Message::Wake(coordinator::Cause::Manager)));
         Ok(self.0.try_send(())?)
     }
 }

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use warren_actors::{
     coordinator::{ControlMemory, Coordinator},
-    data_plane::{DataPlane, DataPlaneConfig, Events, LinkChange, Pong, StunAnswer},
+    data_plane::{DataPlane, DataPlaneConfig, Events, LinkChange, PathChange, Pong, StunAnswer},
     dial::Dialer,
     facts::{Addresses, Boot, HostState, Identity, Net, NetworkOwner},
     packet_io::PacketIo,
@@ -193,6 +193,10 @@ impl Events for Ears {
 
     fn endpoints_wanted(&self) {
         let _ = self.0.relay.try_send(relay::Message::EndpointsWanted);
+    }
+
+    fn path_changed(&self, change: PathChange) {
+        let _ = self.0.registry.try_send(registry::Message::PathChanged(change));
     }
 
     fn handshake(&self, peer: NodePublic) {

@@ -237,6 +237,21 @@ fn a_path_that_comes_up_hurries_only_those_that_do_not_answer() {
 }
 
 #[test]
+fn after_a_wake_everybody_is_pinged_at_once_and_quickly_until_they_answer() {
+    let begin = Instant::now();
+    let mut pings = with_peers(begin, 2);
+    for ping in sent(&mut pings, begin) {
+        answer(&mut pings, &ping, begin);
+    }
+    pings.handle_wake(begin + MS * 1000);
+    let again = sent(&mut pings, begin + MS * 1000);
+    assert_eq!(again.len(), 2);
+    answer(&mut pings, &again[0], begin + MS * 1000);
+    let more = sent(&mut pings, begin + MS * 1300);
+    assert_eq!(more.iter().map(|ping| ping.agent).collect::<Vec<_>>(), [again[1].agent]);
+}
+
+#[test]
 fn who_answered_once_and_then_fell_silent_is_hurried_by_a_path_again() {
     let begin = Instant::now();
     let mut pings = with_peers(begin, 1);
