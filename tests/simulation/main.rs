@@ -7,7 +7,6 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
 mod engine;
-mod nat;
 mod network;
 mod peer;
 mod world;
@@ -18,7 +17,6 @@ use std::{
 };
 
 use engine::Make;
-use nat::Kind;
 use network::Families;
 use peer::PeerId;
 use proptest::{
@@ -26,6 +24,7 @@ use proptest::{
     test_runner::{Config, RngSeed},
 };
 use warren_core::path::Direct;
+use warren_lab::nat::Kind;
 use world::{READY_AFTER, World};
 
 /// How long everything works at the end: longer than any back-off.

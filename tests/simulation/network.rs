@@ -17,9 +17,8 @@ use std::{
 
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
 
+use warren_lab::nat::{Kind, Nat};
 use warren_proto::disco::PADDED;
-
-use super::nat::{Kind, Nat};
 
 /// Bytes of IP and UDP headers, by family.
 const HEADERS: [usize; 2] = [28, 48];

@@ -8,11 +8,11 @@ use std::{
 
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
 use warren_core::path::{Direct, Effect, RelayStands, Route, Via};
+use warren_lab::nat::Kind;
 use warren_proto::disco::{PADDED, TxId};
 
 use super::{
     engine::Make,
-    nat::Kind,
     network::{Arrival, Conditions, Families, HostId, Network},
     peer::{Data, Peer, PeerId, REGION, Reaction, Said},
 };

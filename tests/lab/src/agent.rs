@@ -13,7 +13,7 @@ pub(crate) mod faults;
 mod page;
 pub(crate) mod small;
 mod stack;
-mod udp;
+pub(crate) mod udp;
 
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
@@ -41,6 +41,7 @@ use self::{
     core::{Core, Counters},
     direct::{AgentPath, Direct, DirectCore},
     faults::UdpFaults,
+    udp::UdpBinder,
 };
 use crate::{
     control::coordinator::{Auth, Coordinator, Gone, Place},
@@ -70,6 +71,7 @@ pub(crate) struct Home {
 pub(crate) struct Wild {
     /// Where its sockets are bound.
     pub(crate) addresses: Vec<IpAddr>,
+    pub(crate) binder: UdpBinder,
     pub(crate) stun: Vec<SocketAddr>,
     pub(crate) direct: Direct,
     pub(crate) faults: Arc<UdpFaults>,
@@ -144,8 +146,8 @@ impl Agent {
         let direct = wild.as_ref().map(|wild| DirectCore::new(wild.stun.clone(), wild.direct));
         let core = Mutex::new(Core::new(id, title, region, direct, Arc::clone(&counters)));
         let core = Arc::new(Shared { core, wake: Notify::new(), udp_wake: Notify::new() });
-        if let Some(Wild { addresses, faults, .. }) = wild {
-            work.spawn(udp::run(Arc::clone(&core), addresses, faults));
+        if let Some(Wild { addresses, binder, faults, .. }) = wild {
+            work.spawn(udp::run(Arc::clone(&core), addresses, binder, faults));
         }
         let (homes, moves) = watch::channel((region, relay));
         let (shared, inner) = (Arc::clone(&core), work.clone());

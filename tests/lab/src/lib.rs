@@ -17,6 +17,8 @@
 
 mod agent;
 mod control;
+pub mod internet;
+pub mod nat;
 pub mod payload;
 pub mod reference;
 mod relay;
@@ -54,6 +56,7 @@ pub use self::{
         AgentStats, End,
         direct::{AgentPath, Best, Direct, Packets, PeerPath, Probes, Taken},
         faults::Cut,
+        udp::UdpBinder,
     },
     control::{
         BUILD_VERSION, CallFault, Check, Connection, Control, Device, EMBEDDED_REGION, Ended, Endpoint,
@@ -101,6 +104,8 @@ pub struct LabOptions {
     /// Where agents bind those: at a free port of the first address of each family, or, where nothing is named, of
     /// where the lab listens. A family that the machine lacks is left out; wildcard addresses are not told.
     pub direct_addresses: Vec<IpAddr>,
+    /// How they bind them.
+    pub direct_binder: UdpBinder,
     /// STUN servers, each `host:port`, that the relay map names; nothing listens there for the lab.
     pub stun_servers: Vec<String>,
     /// A relay map to begin with, to which the lab's own regions are added.
@@ -144,6 +149,7 @@ impl Default for LabOptions {
             disable_direct: false,
             direct: false,
             direct_addresses: Vec::new(),
+            direct_binder: UdpBinder::default(),
             stun_servers: Vec::new(),
             relay_map: None,
             is_browser_only: false,
@@ -567,6 +573,7 @@ impl Lab {
         let addresses = if options.direct_addresses.is_empty() { here } else { &options.direct_addresses };
         let wild = options.direct.then(|| Wild {
             addresses: addresses.to_vec(),
+            binder: options.direct_binder.clone(),
             stun: self.stun_server.clone(),
             direct: if options.disable_direct { Direct::Blocked } else { Direct::Allowed },
             faults: Arc::clone(&lasting.faults),

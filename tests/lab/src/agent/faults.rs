@@ -27,8 +27,9 @@ struct State {
     dropped: u64,
 }
 
+/// Which part is lost.
 #[derive(Debug)]
-struct Loss {
+pub(crate) struct Loss {
     percent: u8,
     random: u64,
 }
@@ -39,7 +40,7 @@ impl UdpFaults {
     }
 
     pub(crate) fn lose(&self, percent: u8, seed: u64) {
-        self.lock().loss = Some(Loss { percent, random: seed });
+        self.lock().loss = Some(Loss::new(percent, seed));
     }
 
     pub(crate) fn delay(&self, delay: Duration) {
@@ -76,14 +77,22 @@ impl UdpFaults {
 
 impl State {
     fn passes(&mut self, is_cut: bool) -> bool {
-        let is_lost = |loss: &mut Loss| loss.next() % 100 < u64::from(loss.percent);
-        let is_dropped = is_cut || self.loss.as_mut().is_some_and(is_lost);
+        let is_dropped = is_cut || self.loss.as_mut().is_some_and(Loss::strikes);
         self.dropped += u64::from(is_dropped);
         !is_dropped
     }
 }
 
 impl Loss {
+    pub(crate) fn new(percent: u8, seed: u64) -> Self {
+        Self { percent, random: seed }
+    }
+
+    /// Whether the next one is lost.
+    pub(crate) fn strikes(&mut self) -> bool {
+        self.next() % 100 < u64::from(self.percent)
+    }
+
     /// SplitMix64: the same seed loses the same datagrams.
     fn next(&mut self) -> u64 {
         self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);

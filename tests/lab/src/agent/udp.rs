@@ -2,12 +2,13 @@
 
 use std::{
     collections::VecDeque,
-    io,
+    fmt, io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Instant,
 };
 
+use rustix::net::sockopt::{self, Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
 use tokio::net::UdpSocket;
 
 use super::{Shared, at, direct::Datagram, faults::UdpFaults};
@@ -19,6 +20,40 @@ const BATCH: usize = 64;
 /// Datagrams that wait because of a delay on purpose.
 const MAX_DELAYED: usize = 4096;
 
+/// How sockets are bound: where the lab runs, or in a network of somebody else's.
+#[derive(Clone, Default)]
+pub struct UdpBinder(Option<Arc<Bind>>);
+
+type Bind = dyn Fn(SocketAddr) -> io::Result<std::net::UdpSocket> + Send + Sync;
+
+impl UdpBinder {
+    /// Binds in this way.
+    pub fn by(bind: impl Fn(SocketAddr) -> io::Result<std::net::UdpSocket> + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(bind)))
+    }
+
+    /// At a free port of an address. Nothing larger than the path is sent in pieces (13).
+    fn bind(&self, address: IpAddr) -> io::Result<UdpSocket> {
+        let address = SocketAddr::new(address, 0);
+        let socket = match &self.0 {
+            Some(bind) => bind(address)?,
+            None => std::net::UdpSocket::bind(address)?,
+        };
+        match address {
+            SocketAddr::V4(_) => sockopt::set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::DO)?,
+            SocketAddr::V6(_) => sockopt::set_ipv6_mtu_discover(&socket, Ipv6PathMtuDiscovery::DO)?,
+        }
+        socket.set_nonblocking(true)?;
+        UdpSocket::from_std(socket)
+    }
+}
+
+impl fmt::Debug for UdpBinder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "UdpBinder(elsewhere)" } else { "UdpBinder(here)" })
+    }
+}
+
 /// A socket a family; a family that the machine lacks has none.
 struct Sockets {
     v4: Option<UdpSocket>,
@@ -27,10 +62,10 @@ struct Sockets {
 
 impl Sockets {
     /// At a free port of these addresses, the first of each family.
-    async fn bind(addresses: &[IpAddr]) -> Self {
+    async fn bind(addresses: &[IpAddr], binder: &UdpBinder) -> Self {
         let bind = async |wanted: fn(&IpAddr) -> bool| {
             let address = addresses.iter().find(|address| wanted(address))?;
-            let socket = UdpSocket::bind((*address, 0)).await.ok()?;
+            let socket = binder.bind(*address).ok()?;
             // Until the runtime has seen a new socket it says of it that it is full.
             socket.writable().await.ok()?;
             Some(socket)
@@ -73,8 +108,13 @@ impl Sockets {
 }
 
 /// Serves an agent's sockets until its life ends.
-pub(super) async fn run(shared: Arc<Shared>, addresses: Vec<IpAddr>, faults: Arc<UdpFaults>) {
-    let mut sockets = Sockets::bind(&addresses).await;
+pub(super) async fn run(
+    shared: Arc<Shared>,
+    addresses: Vec<IpAddr>,
+    binder: UdpBinder,
+    faults: Arc<UdpFaults>,
+) {
+    let mut sockets = Sockets::bind(&addresses, &binder).await;
     shared.lock().handle_sockets(sockets.addresses());
     let mut buffer = [0; LARGEST];
     let mut out = VecDeque::new();
@@ -98,7 +138,7 @@ pub(super) async fn run(shared: Arc<Shared>, addresses: Vec<IpAddr>, faults: Arc
             shared.wake.notify_one();
         }
         if wants_rebind {
-            sockets = Sockets::bind(&addresses).await;
+            sockets = Sockets::bind(&addresses, &binder).await;
             shared.lock().handle_sockets(sockets.addresses());
             continue;
         }

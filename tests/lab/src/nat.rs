@@ -1,4 +1,5 @@
-//! Address translators: what a router at a site's edge does to the datagrams that pass it (RFC 4787).
+//! Address translators: what a router at a site's edge does to the datagrams that pass it (RFC 4787). The rules
+//! alone: the simulation has them on a virtual clock, the [internet](crate::internet) in front of real hosts.
 
 use std::{
     collections::BTreeMap,
@@ -11,7 +12,7 @@ const IDLE: Duration = Duration::from_secs(30);
 
 /// Which outer address a source gets, and whose datagrams are let in to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub enum Kind {
     /// One for each source; open to everybody.
     FullCone,
     /// One for each source; open to whoever has the address of one that was written to.
@@ -24,9 +25,10 @@ pub(crate) enum Kind {
 
 /// The router of a site.
 #[derive(Debug)]
-pub(crate) struct Nat {
+pub struct Nat {
     kind: Kind,
     outer: Ipv4Addr,
+    idle: Duration,
     mappings: BTreeMap<u16, Mapping>,
 }
 
@@ -38,12 +40,20 @@ struct Mapping {
 }
 
 impl Nat {
-    pub(crate) fn new(kind: Kind, outer: Ipv4Addr) -> Self {
-        Self { kind, outer, mappings: BTreeMap::new() }
+    /// One that has this address in the world.
+    #[must_use]
+    pub fn new(kind: Kind, outer: Ipv4Addr) -> Self {
+        Self { kind, outer, idle: IDLE, mappings: BTreeMap::new() }
+    }
+
+    /// The same that forgets what was idle for so long, as translators do that know connections.
+    #[must_use]
+    pub fn forgetting_after(self, idle: Duration) -> Self {
+        Self { idle, ..self }
     }
 
     /// The source that the world sees of a datagram that leaves. `port` gives a number to try.
-    pub(crate) fn leave(
+    pub fn leave(
         &mut self,
         now: Instant,
         inner: SocketAddr,
@@ -64,7 +74,7 @@ impl Nat {
     }
 
     /// Whom a datagram that arrives is for; nobody if it is not let in.
-    pub(crate) fn enter(&mut self, now: Instant, from: SocketAddr, port: u16) -> Option<SocketAddr> {
+    pub fn enter(&mut self, now: Instant, from: SocketAddr, port: u16) -> Option<SocketAddr> {
         self.forget_idle(now);
         let mapping = self.mappings.get(&port)?;
         let is_open = match self.kind {
@@ -76,13 +86,14 @@ impl Nat {
     }
 
     /// Starts anew, as after a power cut.
-    pub(crate) fn restart(&mut self) {
+    pub fn restart(&mut self) {
         self.mappings.clear();
     }
 
     fn forget_idle(&mut self, now: Instant) {
+        let idle = self.idle;
         self.mappings.retain(|_, mapping| {
-            mapping.remotes.retain(|_, at| now.saturating_duration_since(*at) < IDLE);
+            mapping.remotes.retain(|_, at| now.saturating_duration_since(*at) < idle);
             !mapping.remotes.is_empty()
         });
     }
