@@ -219,6 +219,7 @@ impl Coordinator {
         tracing::info!(?cause, "every connection has to show that it is alive");
         self.net.recovery.begin(peers::now());
         state.backoff.reset();
+        self.net.data_plane.dialer().fail_lost();
         state.shared.wake.notify_one();
         let told = [
             self.net.relay.try_send(relay::Message::NetworkChanged).err().map(|error| error.to_string()),

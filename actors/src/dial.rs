@@ -29,6 +29,7 @@ use warren_core::relay_map::NodeAddress;
 mod client;
 mod counted;
 mod error;
+mod origin;
 mod proxy;
 mod race;
 mod tls;
@@ -37,6 +38,7 @@ pub use client::ClientCertificate;
 pub use counted::{Counted, Sent};
 pub use error::{DialError, SetupError, Step, TlsError};
 
+use origin::Origins;
 use proxy::{Proxies, Proxy};
 use tls::Tls;
 
@@ -142,6 +144,7 @@ pub struct Dialer {
     /// The addresses that a host was last reached at: used where its name does not resolve any more,
     /// perhaps because of the very tunnel this process provides.
     last_good: Mutex<HashMap<String, IpAddr>>,
+    origins: Origins,
 }
 
 impl std::fmt::Debug for Dialer {
@@ -159,7 +162,7 @@ impl Dialer {
 
     fn with_proxies(options: &DialOptions, proxies: Proxies) -> Result<Self, SetupError> {
         let tls = Tls::new(options.ca_file.as_deref(), options.client.as_ref())?;
-        Ok(Self { tls, proxies, last_good: Mutex::default() })
+        Ok(Self { tls, proxies, last_good: Mutex::default(), origins: Origins::default() })
     }
 
     /// Connects to `target`, name resolution, proxy and TLS included, within `limit`.
@@ -176,6 +179,12 @@ impl Dialer {
                 Ok(Stream::Tls(Box::new(wrapped)))
             }
         }
+    }
+
+    /// The network has changed: fails every connection that was made from an address which this machine has no
+    /// more.
+    pub fn fail_lost(&self) {
+        self.origins.fail_lost(origin::is_ours);
     }
 
     async fn through(
@@ -205,7 +214,8 @@ impl Dialer {
         if let Ok(peer) = stream.peer_addr() {
             self.remember(target, peer.ip());
         }
-        Ok(Counted::new(stream))
+        let origin = stream.local_addr().map_err(|error| DialError::of_connect(target, error))?;
+        Ok(Counted::new(stream).made_from(self.origins.add(origin.ip())))
     }
 
     async fn addresses(&self, target: &Target) -> Result<Vec<SocketAddr>, DialError> {

@@ -13,6 +13,8 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::origin::Origin;
+
 /// How many bytes have left through one connection, as anybody may read it.
 #[derive(Debug, Clone, Default)]
 pub struct Sent(Arc<AtomicU64>);
@@ -33,12 +35,23 @@ impl Sent {
 pub struct Counted<S> {
     stream: S,
     sent: Sent,
+    /// Where it was made from, if that can be lost.
+    origin: Option<Arc<Origin>>,
 }
 
 impl<S> Counted<S> {
     /// Counts from zero.
     pub(crate) fn new(stream: S) -> Self {
-        Self { stream, sent: Sent::default() }
+        Self { stream, sent: Sent::default(), origin: None }
+    }
+
+    /// The same, which fails once its origin is lost.
+    pub(super) fn made_from(self, origin: Arc<Origin>) -> Self {
+        Self { origin: Some(origin), ..self }
+    }
+
+    fn check(&self) -> io::Result<()> {
+        self.origin.as_ref().map_or(Ok(()), |origin| origin.check())
     }
 
     /// The count, which outlives the stream.
@@ -57,13 +70,18 @@ impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_read(cx, buffer)
+        let this = self.get_mut();
+        if let Some(origin) = &this.origin {
+            origin.check_read(cx)?;
+        }
+        Pin::new(&mut this.stream).poll_read(cx, buffer)
     }
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        this.check()?;
         let written = ready!(Pin::new(&mut this.stream).poll_write(cx, bytes))?;
         this.sent.add(written);
         Poll::Ready(Ok(written))
@@ -75,6 +93,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
         parts: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        this.check()?;
         let written = ready!(Pin::new(&mut this.stream).poll_write_vectored(cx, parts))?;
         this.sent.add(written);
         Poll::Ready(Ok(written))

@@ -23,6 +23,25 @@ async fn a_plain_target_is_reached_and_its_address_is_known() {
 }
 
 #[tokio::test]
+async fn who_waits_on_a_connection_from_an_address_that_is_lost_is_told_at_once() {
+    let (dialer, port) = (dialer(), echo().await);
+    let mut stream = dialer.connect(&plain("127.0.0.1", port), LIMIT).await.unwrap();
+    dialer.fail_lost();
+    assert_eq!(said_back(&mut stream).await, *b"hello", "the loopback's address is there");
+    let waiting = tokio::spawn(async move {
+        let read = stream.read(&mut [0; 1]).await;
+        (read, stream.write(b"more").await)
+    });
+    // It waits by now: there is one thread.
+    tokio::task::yield_now().await;
+    dialer.origins.fail_lost(|_| false);
+    let (read, written) = tokio::time::timeout(LIMIT, waiting).await.unwrap().unwrap();
+    for error in [read.unwrap_err(), written.unwrap_err()] {
+        assert!(error.to_string().starts_with("this machine has lost the address"), "{error}");
+    }
+}
+
+#[tokio::test]
 async fn a_fixed_address_stands_for_the_host_name() {
     let port = echo().await;
     let fixed = Target { ipv4: NodeAddress::Fixed(Ipv4Addr::LOCALHOST), ..plain("nowhere.invalid", port) };
