@@ -113,22 +113,24 @@ impl PacketIo {
         // A machine that is on no network can still have its deployment, a lab, on itself.
         let families = if families == Families::default() { EVERY_FAMILY } else { families };
         state.families.set_if_changed(families);
-        self.tell_whereabouts(state);
         if change == Some(Change::Major) {
             tracing::info!("the network has changed");
             counter!(names::NETWORK_CHANGES).increment(1);
-            // It tells everybody whom that concerns, us too. One that has no room left has heard of it already.
-            let _ = self.net.coordinator.try_send(coordinator::Message::Wake(Cause::Network));
+            // It tells everybody whom that concerns, us too: peers are made to leave addresses that we lose once the
+            // paths know why. One that has no room left has heard of it already.
+            if self.net.coordinator.try_send(coordinator::Message::Wake(Cause::Network)).is_ok() {
+                return;
+            }
         }
+        self.tell_whereabouts(state);
     }
 
     /// A socket that was bound on a network that is gone can be worth nothing on the next one.
     async fn bind_anew(&self, state: &mut State) {
         self.net.data_plane.link_changed();
-        if self.net.data_plane.local_ports().is_none() {
-            return;
-        }
-        if let Err(error) = self.net.data_plane.rebind().await {
+        if self.net.data_plane.local_ports().is_some()
+            && let Err(error) = self.net.data_plane.rebind().await
+        {
             tracing::warn!(%error, "the sockets for direct paths cannot be bound anew; everything is relayed until they can");
         }
         state.whereabouts.set_ports(self.ports());
