@@ -25,8 +25,62 @@ const fn case(test: &'static str, what: &'static str, expected: &'static str) ->
 
 /// In the table's order.
 pub(crate) const CASES: &[Case] = &[
-    case("neighbours_on_one_lan_meet_directly", "the same LAN", "direct, < 1 s"),
+    case("neighbours_on_one_lan_meet_directly", "the same LAN, both behind one translator", "direct, < 1 s"),
+    case(
+        "hosts_of_the_open_world_meet_directly",
+        "nothing: both have addresses of the world",
+        "direct, < 3 s",
+    ),
     case("full_cones_are_passed", "full cone on both sides", "direct, < 3 s"),
+    case("restricted_cones_are_passed", "restricted cone (by address) on both sides", "direct, < 3 s"),
+    case(
+        "cones_that_restrict_ports_are_passed",
+        "restricted cone (by address and port) on both sides",
+        "direct, < 3 s",
+    ),
+    case(
+        "a_symmetric_translator_of_ours_is_passed",
+        "symmetric on our side, restricted cone on theirs",
+        "direct, < 3 s",
+    ),
+    case(
+        "a_symmetric_translator_of_theirs_is_passed",
+        "restricted cone on our side, symmetric on theirs",
+        "direct, < 3 s",
+    ),
+    case(
+        "symmetric_translators_on_both_sides_keep_everything_on_the_relay",
+        "symmetric on both sides",
+        "relayed",
+    ),
+    case("where_udp_is_blocked_everything_is_relayed", "a firewall that drops UDP", "relayed"),
+    case("hosts_with_ipv6_only_meet_directly", "IPv6 only, the servers too", "direct, < 3 s"),
+    case(
+        "a_path_too_small_for_us_stays_relayed_if_we_are_told",
+        "path MTU 1300, told by ICMP",
+        "relayed, no black hole",
+    ),
+    case(
+        "a_path_too_small_for_us_stays_relayed_if_nobody_tells",
+        "path MTU 1300, larger packets vanish",
+        "relayed, no black hole",
+    ),
+    case(
+        "a_proxy_that_strips_upgrades_hinders_nobody",
+        "nginx that strips `Upgrade` before the relay",
+        "WebSocket to the relay, reason told; direct, < 3 s",
+    ),
+    case("a_line_that_loses_some_is_used_all_the_same", "5 % loss each way", "direct, < 3 s"),
+    case(
+        "udp_that_is_cut_off_under_load_is_left_and_taken_again",
+        "a firewall that begins to drop UDP, and ends it",
+        "relayed, < 1 s, and direct again; TCP lives",
+    ),
+    case(
+        "networks_change_under_load",
+        "another network six times, under load",
+        "data < 1 s, control plane < 2 s, direct again; TCP lives",
+    ),
 ];
 
 /// What a test has measured, as the table shows it.

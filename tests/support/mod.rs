@@ -51,7 +51,10 @@ pub(crate) fn can_isolate(what: &str) -> bool {
         Ok(output) if output.status.success() => {}
         Ok(output) => {
             let why = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-            skipped(what, &format!("no user namespace: {why}"));
+            skipped(
+                what,
+                &format!("no user namespace: {why}; allow them (sudo sysctl user.max_user_namespaces=10000)"),
+            );
             return false;
         }
         Err(error) => {

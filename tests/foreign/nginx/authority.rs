@@ -1,4 +1,5 @@
 //! Authorities of the tests' own, and the certificates that they sign.
+#![allow(dead_code, reason = "each test target uses its own part of it")]
 
 use std::path::{Path, PathBuf};
 

@@ -2,9 +2,10 @@
 //!
 //! Beside what it stands for it answers on a Unix socket with the number of its configuration: only by that is
 //! it known when a reload has come into force.
+#![allow(dead_code, reason = "each test target uses its own part of it")]
 
 use std::{
-    net::{Ipv4Addr, TcpListener},
+    net::{IpAddr, Ipv4Addr, TcpListener},
     os::unix::process::CommandExt,
     path::Path,
     process::{Child, Command, Stdio},
@@ -52,19 +53,25 @@ pub(crate) struct Front {
     /// The variable with the upgrade that is passed on.
     passed: &'static str,
     is_encrypted: bool,
+    listen: IpAddr,
     directives: String,
 }
 
 impl Front {
     /// One that passes everything on.
     pub(crate) fn of(upstream: &str) -> Self {
-        let (upstream, directives) = (upstream.to_owned(), String::new());
-        Self { upstream, passed: "$http_upgrade", is_encrypted: false, directives }
+        let (upstream, listen) = (upstream.to_owned(), Ipv4Addr::LOCALHOST.into());
+        Self { upstream, passed: "$http_upgrade", is_encrypted: false, listen, directives: String::new() }
     }
 
     /// The same, but for requests that go elsewhere.
     pub(crate) fn to(self, upstream: &str) -> Self {
         Self { upstream: upstream.to_owned(), ..self }
+    }
+
+    /// The same at another address of this machine.
+    pub(crate) fn at(self, listen: IpAddr) -> Self {
+        Self { listen, ..self }
     }
 
     /// The same, but for upgrades that are not to WebSockets: their requests go on without.
@@ -92,7 +99,7 @@ impl Front {
     }
 
     fn text(&self, port: u16, marker: &Path, generation: usize) -> String {
-        let Self { upstream, passed, directives, .. } = self;
+        let Self { upstream, passed, listen, directives, .. } = self;
         let user = if geteuid().is_root() { "user root;" } else { "" };
         let tls = if self.is_encrypted { " ssl" } else { "" };
         let marker = marker.display();
@@ -117,7 +124,7 @@ http {{
         location / {{ return 200 "generation {generation}"; }}
     }}
     server {{
-        listen 127.0.0.1:{port}{tls};
+        listen {listen}:{port}{tls};
         {directives}
         location / {{
             proxy_pass http://{upstream};
