@@ -97,9 +97,10 @@ impl Calling {
         true
     }
 
-    /// Nothing that is known of our addresses counts any more.
+    /// Our link changed: nothing that is known of our addresses counts any more, and who sees us elsewhere then does
+    /// not because of a translator.
     pub(super) fn expire(&mut self) {
-        self.collected = None;
+        (self.collected, self.moved_at) = (None, None);
     }
 
     /// The peer should be told where we are.

@@ -40,6 +40,25 @@ fn when_our_address_changed_the_peer_is_made_to_leave_the_old_one() {
 }
 
 #[test]
+fn each_of_several_link_changes_makes_the_peer_leave_where_it_saw_us_before() {
+    let mut bench = Bench::direct();
+    for seen in [own(2), own(3), own(4)] {
+        bench.path.handle_link_change(bench.now);
+        // Where we were is told still: it is remembered for a while.
+        bench.path.handle_own_endpoints(bench.now, &[own(4), own(3), own(2), own(1)]);
+        let pinged = bench.taken().into_iter().find_map(|effect| match effect {
+            Effect::Ping { to, txid } if to == peer(1) => Some(txid),
+            _ => None,
+        });
+        bench.path.handle_pong(bench.now, Via::Direct(peer(1)), pinged.unwrap(), seen).unwrap();
+        assert!(bench.taken().contains(&Effect::ProveRelay), "{seen}");
+        bench.path.handle_relay(bench.now, RelayStands::Alive);
+        bench.pass(100 * MS);
+        assert!(calls(&bench.take()).iter().any(|(_, list)| list.is_empty()), "{seen}");
+    }
+}
+
+#[test]
 fn a_peer_that_goes_on_directly_after_a_link_change_is_told_once() {
     let mut bench = Bench::direct();
     bench.path.handle_link_change(bench.now);
