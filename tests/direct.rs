@@ -33,7 +33,7 @@ fn agents_are_reached_directly_and_what_a_person_sees_says_so() {
     });
     eventually("the log names the agent and where it is", || {
         let log = scene.service.log();
-        log.lines().any(|line| line.contains("an agent is reached directly") && line.contains("main.lab-1"))
+        log.lines().any(|line| line.contains("an agent is reached directly") && line.contains("lab-1"))
     });
 }
 

@@ -7,8 +7,8 @@ use std::{
 
 use super::choice::Taken;
 
-/// Between two pings to a path that was lost, at first.
-const PAUSE: Duration = Duration::from_secs(1);
+/// Between two pings to a path that was lost, at first: it is taken again within a second of its being back.
+const PAUSE: Duration = Duration::from_millis(900);
 /// The same when it was lost longer ago than [`LONG_AGO`].
 const LONG_PAUSE: Duration = Duration::from_secs(5);
 const LONG_AGO: Duration = Duration::from_secs(30);
