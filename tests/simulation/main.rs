@@ -9,6 +9,7 @@
 mod engine;
 mod network;
 mod peer;
+mod promises;
 mod world;
 
 use std::{

@@ -70,6 +70,8 @@ pub(crate) struct Seen {
     pub(crate) not_relayed: u64,
     /// The most messages besides data that each peer sent in one second.
     pub(crate) busiest_second: Vec<u64>,
+    /// Whenever a peer of ours took another way: when, and which address; none is the relay.
+    pub(crate) changes: Vec<(Instant, PeerId, Option<SocketAddr>)>,
 }
 
 /// A world.
@@ -343,11 +345,12 @@ impl World {
                 self.at(pause, Event::Proof(id, stands));
             }
             Effect::Changed { to: Some(address), .. } => {
+                self.seen.changes.push((self.now, id, Some(address)));
                 let is_steady = self.now > self.changed_at + STEADY_AFTER;
                 let is_open = self.network.is_open(self.peers[id.0].host, address);
                 assert!(is_open || !is_steady, "{id:?} takes {address}, which is dead");
             }
-            Effect::Changed { to: None, .. } => {}
+            Effect::Changed { to: None, .. } => self.seen.changes.push((self.now, id, None)),
             Effect::Verified(address) => self.peers[id.0].verify(address, to),
             Effect::Forgotten(address) => self.peers[id.0].forget(address, to),
         }

@@ -1,0 +1,148 @@
+//! What is promised of a path to a reference peer over minutes and hours: how it bears loss, flapping, load and rest.
+
+use std::time::{Duration, Instant};
+
+use super::{
+    Change, PAIRS, SECOND, Story, WITH_REFERENCE, are_direct, engine::Make, everything_comes_after, happen,
+    nat::Kind, world::World,
+};
+
+const MS: Duration = Duration::from_millis(1);
+const MINUTE: Duration = Duration::from_secs(60);
+/// Longer than a path needs to be found.
+const MEETING: Duration = Duration::from_secs(20);
+/// What sparse traffic is: the only packet of a second is lost as often as any other.
+const SPARSE: u64 = 1000;
+const BUSY: u64 = 20;
+const SEEDS: u64 = 4;
+/// Two alarms within a minute bar the direct way for so long at least (tailnet-data 7.12).
+const SHORTEST_BAR: Duration = Duration::from_secs(10);
+const LONGEST_BAR: Duration = Duration::from_secs(60);
+
+/// Ten minutes in which chance takes so many of a thousand datagrams in each direction, again and again.
+fn lossy_worlds(per_thousand: u32, pause: u64) -> impl Iterator<Item = World> {
+    let stories = (0..SEEDS).flat_map(|seed| WITH_REFERENCE.map(|makes| (seed, makes)));
+    stories.map(move |(seed, makes)| {
+        let talk = [Some(pause); 2];
+        let mut world = Story { seed, talk, ..Story::quiet(makes, [None; 2]) }.begin();
+        meet(&mut world);
+        happen(&mut world, &Change::Loss { site: 0, per_thousand });
+        world.run(10 * MINUTE);
+        world
+    })
+}
+
+/// Lets them become direct, and forgets how.
+fn meet(world: &mut World) {
+    world.run(MEETING);
+    assert!(are_direct(world), "they are direct to begin with");
+    world.seen.changes.clear();
+}
+
+/// When a path was left for the relay, and after how long it was taken again, in order.
+fn alarms(world: &World) -> Vec<(Instant, Option<Duration>)> {
+    let changes = &world.seen.changes;
+    let places = changes.iter().enumerate().filter(|(_, (.., to))| to.is_none());
+    let healed_after = |place: usize, at: Instant| {
+        let mut later = changes[place..].iter().filter(|(.., to)| to.is_some());
+        later.next().map(|(back, ..)| *back - at)
+    };
+    places.map(|(place, (at, ..))| (*at, healed_after(place, *at))).collect()
+}
+
+#[test]
+fn of_a_busy_path_that_loses_a_twentieth_or_a_third_of_everything_nothing_is_thought_for_ten_minutes() {
+    for per_thousand in [50, 300] {
+        for world in lossy_worlds(per_thousand, BUSY) {
+            assert_eq!(alarms(&world), [], "of a thousand {per_thousand} are lost");
+        }
+    }
+}
+
+#[test]
+fn of_a_sparse_path_that_loses_a_twentieth_hardly_anything_is_thought_and_that_is_over_in_a_moment() {
+    for world in lossy_worlds(50, SPARSE) {
+        let alarms = alarms(&world);
+        assert!(alarms.len() <= 1, "{alarms:?}");
+        assert!(alarms.iter().all(|(_, after)| after.is_some_and(|after| after <= 100 * MS)), "{alarms:?}");
+    }
+}
+
+/// With a third lost, the answer that ends an alarm is lost as often as not: then the next one does.
+#[test]
+fn a_sparse_path_that_loses_a_third_is_left_a_few_times_a_minute_and_taken_again_in_a_moment_or_after_a_bar()
+{
+    let mut healed = Vec::new();
+    for world in lossy_worlds(300, SPARSE) {
+        let alarms = alarms(&world);
+        for (at, _) in &alarms {
+            let within = alarms.iter().filter(|(other, _)| *other >= *at && *other < *at + MINUTE).count();
+            assert!(within <= 4, "{within} alarms in a minute: {alarms:?}");
+        }
+        healed.extend(alarms.iter().filter_map(|(_, after)| *after));
+    }
+    let (barred, mut free): (Vec<_>, Vec<_>) = healed.into_iter().partition(|after| *after >= SHORTEST_BAR);
+    free.sort();
+    assert!(free.len() >= 10 && barred.len() >= 10, "{free:?}, {barred:?}");
+    assert!(free[free.len() / 2] <= 100 * MS, "{free:?}");
+    assert!(free.iter().all(|after| *after < 5 * SECOND), "{free:?}");
+    assert!(barred.iter().all(|after| *after < LONGEST_BAR + 6 * SECOND), "{barred:?}");
+}
+
+#[test]
+fn a_path_that_dies_and_lives_by_turns_is_let_be_for_longer_each_time_and_taken_when_it_stays() {
+    for makes in WITH_REFERENCE {
+        let mut world = Story::quiet(makes, [None; 2]).begin();
+        meet(&mut world);
+        for _ in 0..120 {
+            happen(&mut world, &Change::Cut { site: 0, out: true, r#in: true });
+            everything_comes_after(&mut world, SECOND, 2 * SECOND);
+            world.heal();
+            everything_comes_after(&mut world, Duration::ZERO, 3 * SECOND);
+        }
+        let left: Vec<Instant> = alarms(&world).into_iter().map(|(at, _)| at).collect();
+        let pauses: Vec<Duration> = left.windows(2).map(|two| two[1] - two[0]).collect();
+        for (pause, bar) in pauses[1..].iter().zip([10, 20, 40].into_iter().chain(std::iter::repeat(60))) {
+            assert!(*pause >= bar * SECOND, "{makes:?}: {pauses:?}");
+        }
+        assert!(left.len() >= 5, "{makes:?}: {pauses:?}");
+        world.run(LONGEST_BAR + 6 * SECOND);
+        assert!(are_direct(&world), "{makes:?}");
+    }
+}
+
+#[test]
+fn direct_paths_are_taken_again_within_a_second_after_udp_is_back_or_five_where_it_was_gone_for_long() {
+    for makes in WITH_REFERENCE {
+        for (gone, back) in [(2_300, 1), (7_150, 1), (13_900, 1), (28_650, 1), (45_400, 5), (300_000, 5)] {
+            let mut world = Story::quiet(makes, [None; 2]).begin();
+            meet(&mut world);
+            happen(&mut world, &Change::Cut { site: 0, out: true, r#in: true });
+            everything_comes_after(&mut world, SECOND, gone * MS);
+            world.heal();
+            everything_comes_after(&mut world, Duration::ZERO, back * SECOND + 100 * MS);
+            assert!(are_direct(&world), "{makes:?}: UDP was gone for {gone} ms");
+        }
+    }
+}
+
+/// The path's part of it: that keys are renewed without a stall is a test of the data plane's, in real time.
+#[test]
+fn an_hour_of_load_ten_idle_minutes_and_a_burst_cost_no_packet_and_leave_the_path_alone() {
+    for makes in [[Make::Ours; 2], WITH_REFERENCE[0], WITH_REFERENCE[1]] {
+        let nats = [Some(Kind::PortRestricted), None];
+        let mut world = Story { talk: [Some(50); 2], ..Story::quiet(makes, nats) }.begin();
+        meet(&mut world);
+        everything_comes_after(&mut world, Duration::ZERO, 60 * MINUTE);
+        assert_eq!(world.seen.changes, [], "{makes:?}: the path is the same all the time");
+        assert!(are_direct(&world));
+        world.ids().for_each(|id| world.set_traffic(id, None));
+        world.run(10 * MINUTE);
+        world.ids().for_each(|id| world.set_traffic(id, Some(MS)));
+        everything_comes_after(&mut world, Duration::ZERO, 10 * SECOND);
+        assert!(are_direct(&world), "{makes:?}: direct again after the rest");
+        for (from, to) in PAIRS {
+            assert!(world.peers[to.0].others[&from].received.len() > 80_000, "{makes:?}");
+        }
+    }
+}
