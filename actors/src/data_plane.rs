@@ -372,7 +372,8 @@ impl DataPlane {
         pinged.outcome()
     }
 
-    /// Binds the sockets anew, at the same port if it can be had. Paths, sessions and addresses stay as they are.
+    /// Binds the sockets anew, at the same port if it can be had. Sessions and addresses stay as they are; paths do, too,
+    /// and have to prove themselves.
     pub async fn rebind(&self) -> Result<LocalPorts, RebindError> {
         let plane = Arc::clone(&self.plane);
         // On the data plane's thread, so that nobody there is in the middle of sending.
@@ -410,8 +411,7 @@ impl DataPlane {
 
     /// The link to the network changed, or we woke from sleep: every direct path has to prove itself anew.
     pub fn link_changed(&self) {
-        let now = Instant::now();
-        self.plane.peers.all().iter().for_each(|peer| peer.ways().path.handle_link_change(now));
+        self.plane.distrust_paths();
         self.stir(Vec::new());
     }
 

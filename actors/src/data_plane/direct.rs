@@ -121,7 +121,16 @@ impl Plane {
         let sockets = Sockets::register(maker.make(reading.port).await?)?;
         let ports = sockets.ports();
         self.start_readers(&mut reading, sockets);
+        // Nothing is awaited in between: a peer that does not know where we are now hears a ping before data.
+        self.distrust_paths();
+        self.runtime.spawn(super::stir(Arc::clone(self), Vec::new()));
         Ok(ports)
+    }
+
+    /// Every direct path has to prove itself anew.
+    pub(super) fn distrust_paths(&self) {
+        let now = Instant::now();
+        self.peers.all().iter().for_each(|peer| peer.ways().path.handle_link_change(now));
     }
 
     async fn close(&self, reading: &mut Reading) {
