@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test target uses its own part of it")]
 
 mod deployment;
+pub(crate) mod host;
 mod lab;
 mod service;
 pub(crate) mod tunnel;

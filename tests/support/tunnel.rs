@@ -3,6 +3,7 @@
 
 use std::{
     io,
+    net::Ipv6Addr,
     os::{
         fd::OwnedFd,
         unix::net::{UnixDatagram, UnixStream},
@@ -10,6 +11,7 @@ use std::{
     process::Stdio,
 };
 
+use command_fds::{CommandFdExt, FdMapping};
 use rustix::process::{Pid, Signal};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -20,8 +22,8 @@ use warren_lab::{Lab, LabOptions};
 use warren_proto::{
     frame::{self, Decoder, MAX_FRAME},
     vpn::{
-        ManagerMessage, Rpc, StartRequest, StartResponse, TunnelMessage, manager_message::Msg as Order,
-        tunnel_message::Msg,
+        ManagerMessage, NetworkSettingsResponse, Rpc, StartRequest, StartResponse, TunnelMessage,
+        manager_message::Msg as Order, tunnel_message::Msg,
     },
 };
 use warren_supervisor::link::LinkClient;
@@ -31,8 +33,10 @@ use super::{LIMIT, WARREN, peak_memory};
 const OUR_LINE: &[u8] = b"codervpn manager 1.3\n";
 const ITS_LINE: &[u8] = b"codervpn tunnel 1.3\n";
 
-/// Where the shell puts what is handed over.
+/// Which descriptor of the tunnel is what is handed over.
 pub(crate) const DESCRIPTOR: i32 = 7;
+/// Where the channel is, if there is one.
+const SOCKETS: i32 = 8;
 
 /// What a tunnel process is handed besides the manager's two descriptors.
 pub(crate) enum Handed {
@@ -42,6 +46,8 @@ pub(crate) enum Handed {
     Device(UnixDatagram),
     /// The service's private link.
     Link(UnixStream),
+    /// What stands for the device, and the channel to whoever makes UDP sockets.
+    DeviceAndSockets(UnixDatagram, OwnedFd),
 }
 
 /// A tunnel process, and its manager's ends. The manager is on standard input and output: whatever else is
@@ -58,24 +64,33 @@ pub(crate) struct Tunnel {
 impl Tunnel {
     /// With what is handed over as number [`DESCRIPTOR`], at the cost of what it says on stderr.
     pub(crate) async fn spawn(arguments: &[&str], handed: Handed) -> Self {
-        let variable = format!("WARREN_LINK_FD={DESCRIPTOR}");
-        let shell = format!("exec \"$0\" \"$@\" {DESCRIPTOR}<&2 2>/dev/null");
-        let (program, before, descriptor): (_, &[&str], _) = match handed {
-            Handed::Nothing => (WARREN, &[], None),
-            Handed::Device(device) => ("sh", &["-c", &shell, WARREN], Some(OwnedFd::from(device))),
+        let mut command = Command::new(WARREN);
+        let mut mappings = Vec::new();
+        let mut hand = |parent_fd: OwnedFd, child_fd| mappings.push(FdMapping { parent_fd, child_fd });
+        let stderr = if matches!(handed, Handed::Nothing) { Stdio::piped() } else { Stdio::null() };
+        match handed {
+            Handed::Nothing => {}
+            Handed::Device(device) => hand(device.into(), DESCRIPTOR),
             Handed::Link(link) => {
-                ("env", &[&variable, "sh", "-c", &shell, WARREN], Some(OwnedFd::from(link)))
+                command.env("WARREN_LINK_FD", DESCRIPTOR.to_string());
+                hand(link.into(), DESCRIPTOR);
             }
-        };
-        let mut child = Command::new(program)
-            .args(before)
+            Handed::DeviceAndSockets(device, sockets) => {
+                command.env("WARREN_SOCKETS_FD", SOCKETS.to_string());
+                hand(device.into(), DESCRIPTOR);
+                hand(sockets, SOCKETS);
+            }
+        }
+        let mut child = command
             .args(["vpn-daemon", "run", "--rpc-read-handle", "0", "--rpc-write-handle=1", "--no-device"])
             .args(arguments)
             .env("WARREN_LOG", "debug")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(descriptor.map_or_else(Stdio::piped, Stdio::from))
+            .stderr(stderr)
             .kill_on_drop(true)
+            .fd_mappings(mappings)
+            .unwrap()
             .spawn()
             .unwrap();
         let (stdin, stdout) = (child.stdin.take(), child.stdout.take().unwrap());
@@ -101,6 +116,30 @@ impl Tunnel {
         let mut tunnel = Self::greeted().await;
         tunnel.start(lab).await;
         tunnel
+    }
+
+    /// One that is started in the lab with a device. Returns its address inside, too.
+    pub(crate) async fn with_device(lab: &Lab, handed: Handed) -> (Self, Ipv6Addr) {
+        let mut tunnel = Self::spawn(&[], handed).await.greet().await;
+        tunnel.send(1, start(lab, lab.token(), DESCRIPTOR)).await;
+        let mut address = None;
+        loop {
+            let message = tunnel.frame().await;
+            match message.msg {
+                Some(Msg::NetworkSettings(settings)) => {
+                    let agreed = NetworkSettingsResponse { success: true, error_message: String::new() };
+                    let id = message.rpc.unwrap().msg_id;
+                    tunnel.respond(id, Order::NetworkSettings(agreed)).await;
+                    let addresses = settings.ipv6_settings.unwrap().addrs;
+                    address = Some(addresses[0].split('/').next().unwrap().parse().unwrap());
+                }
+                Some(Msg::Start(response)) => {
+                    assert!(response.success, "{response:?}");
+                    return (tunnel, address.expect("settings before the answer"));
+                }
+                _ => {}
+            }
+        }
     }
 
     /// Starts it in the lab.
