@@ -316,6 +316,38 @@ fn other_latencies_and_times_reprogram_nothing_and_other_endpoints_are_told() {
     assert_eq!(peer.endpoints, ["192.0.2.1:41641".parse().unwrap()]);
 }
 
+/// Where the reference writes a home as `127.3.3.40:<id>`, ours is the region itself.
+///
+/// Conforms: control:P1
+#[test]
+fn new_peers_are_programmed_with_their_homes_and_endpoints_and_only_who_is_wanted_is_kept_warm() {
+    let mut table = Table::connected();
+    table.want(&[2], Snapshot);
+    let texts = |number: u8| vec![format!("192.0.2.{number}:41641"), format!("[2001:db8::{number}]:41641")];
+    let whole =
+        |number: u8| tailnet::Node { endpoints: texts(number), ..node(number, 7 + i32::from(number)) };
+    assert!(
+        table.update(1, Kind::Node, Some(whole(1))).map_changed,
+        "who is no destination is not waited for"
+    );
+    table.update(2, Kind::ReadyForHandshake, None);
+    assert!(table.update(2, Kind::Node, Some(whole(2))).map_changed);
+    let peers = &table.coordination.network_map().peers;
+    assert_eq!(peers.len(), 2);
+    for (number, home, is_warm) in [(1, RegionId(8), false), (2, RegionId(9), true)] {
+        let expected = Peer {
+            node_key: NodePublic([number; 32]),
+            disco_key: DiscoPublic([number; 32]),
+            home,
+            addresses: vec![format!("fd60:627a:a42b::{number}").parse().unwrap()],
+            keepalive: is_warm,
+            endpoints: texts(number).iter().map(|text| text.parse().unwrap()).collect(),
+            ready: is_warm,
+        };
+        assert_eq!(peers[&id(number.into())], expected);
+    }
+}
+
 #[test]
 fn a_node_in_a_loss_is_ignored() {
     let mut table = Table::connected();

@@ -1,5 +1,14 @@
+use std::sync::Arc;
+
+use warren_proto::stun::TxId;
+
 use super::*;
-use crate::home::RegionLatency;
+use crate::{
+    endpoints::{Endpoints, Ports},
+    home::RegionLatency,
+    netcheck::{Effect, Families, Netcheck, Trigger},
+    relay_map::{Node as RelayNode, Region, RelayMap},
+};
 
 const MS: Duration = Duration::from_millis(1);
 
@@ -31,6 +40,41 @@ fn each_change_is_told_once_and_the_same_again_is_no_news() {
         assert_eq!(own.node.poll_timeout(own.now), None, "the same: {what}");
         assert_eq!(own.tell_after(PAUSE), None, "the same: {what}");
     }
+}
+
+/// From an answer of a STUN server to the message, through all that is between them.
+///
+/// Conforms: control:N3
+#[test]
+fn endpoints_are_told_as_they_are_seen_and_the_same_none_nonsense_or_answers_of_an_old_look_are_no_news() {
+    let (mut own, mut sight) = (Own::at_home(), Sight::new());
+    let mut tell = |sight: &mut Sight| {
+        sight.now += 10 * PAUSE;
+        own.node.set_endpoints(sight.list.list(sight.now));
+        own.tell_after(10 * PAUSE).map(|node| node.endpoints)
+    };
+    let txid = sight.ask(Trigger::NetworkChanged);
+    sight.answer(txid, "198.51.100.9:1111");
+    assert_eq!(tell(&mut sight), Some(vec!["198.51.100.9:1111".to_owned()]));
+
+    let txid = sight.ask(Trigger::Refresh);
+    sight.answer(txid, "198.51.100.9:1111");
+    assert_eq!(tell(&mut sight), None, "the same");
+
+    let txid = sight.ask(Trigger::Refresh);
+    sight.answer(txid, "0.0.0.0:7");
+    assert_eq!(tell(&mut sight), None, "nonsense");
+
+    sight.ask(Trigger::Refresh);
+    assert_eq!(tell(&mut sight), None, "nobody answered");
+
+    let old = sight.ask(Trigger::Refresh);
+    let txid = sight.ask(Trigger::NetworkChanged);
+    sight.answer(old, "198.51.100.9:2222");
+    assert_eq!(tell(&mut sight), None, "an answer of before");
+    sight.answer(txid, "198.51.100.9:3333");
+    let told = tell(&mut sight).unwrap();
+    assert_eq!(told[0], "198.51.100.9:3333", "what is new is told");
 }
 
 /// Conforms: control:N7
@@ -177,6 +221,65 @@ impl Own {
         self.now += span;
         let request = self.node.poll_update(self.now, SystemTime::now())?;
         Some(request.update_self.and_then(|update| update.node).expect("a message always has a node"))
+    }
+}
+
+/// What looks at how the world sees us, with one server to ask, and what is made of it.
+struct Sight {
+    look: Netcheck,
+    list: Endpoints,
+    now: Instant,
+    random: u8,
+}
+
+impl Sight {
+    const SERVER: &str = "192.0.2.1";
+
+    fn new() -> Self {
+        let (mut look, mut list, now) = (Netcheck::new(), Endpoints::new(), Instant::now());
+        list.set_ports(Ports { v4: Some(41641), v6: None, configured: None });
+        let node = RelayNode {
+            host_name: Self::SERVER.to_owned(),
+            stun_port: Some(3478),
+            stun_only: true,
+            ..RelayNode::default()
+        };
+        let (id, text) = (RegionId(1), String::new());
+        let region =
+            Region { id, code: text.clone(), name: text, embedded: false, avoid: false, nodes: vec![node] };
+        look.set_families(now, Families { v4: true, v6: false });
+        look.set_map(now, Arc::new(RelayMap { regions: [(id, region)].into(), scores: BTreeMap::new() }));
+        Self { look, list, now, random: 0 }
+    }
+
+    /// Begins a look. Returns its first question.
+    fn ask(&mut self, trigger: Trigger) -> TxId {
+        self.look.handle_trigger(self.now, trigger);
+        self.work().expect("a question")
+    }
+
+    fn answer(&mut self, txid: TxId, mapped: &str) {
+        let from = format!("{}:3478", Self::SERVER).parse().unwrap();
+        self.look.handle_stun_answer(from, &txid, mapped.parse().unwrap());
+        self.work();
+    }
+
+    /// Does what is due, and takes what was seen. Returns the first question.
+    fn work(&mut self) -> Option<TxId> {
+        let (mut asked, random) = (None, &mut self.random);
+        self.look.handle_timeout(self.now, |bytes| {
+            *random = random.wrapping_add(1);
+            bytes.fill(*random);
+        });
+        while let Some(effect) = self.look.poll_effect() {
+            match effect {
+                Effect::SendStun { txid, .. } => asked = asked.or(Some(txid)),
+                Effect::Mapped(mappings) => self.list.handle_mappings(self.now, &mappings),
+                Effect::Finished(report) => self.list.handle_mappings(self.now, &report.mappings),
+                Effect::MeasureLatencies { .. } => {}
+            }
+        }
+        asked
     }
 }
 

@@ -88,6 +88,7 @@ fn a_link_change_ends_a_bar_and_what_alarms_taught() {
     assert_eq!(pinged(&bench.taken()), [peer(1)]);
 }
 
+/// Conforms: control:P12
 #[test]
 fn where_direct_paths_are_blocked_all_is_relayed_and_nothing_is_answered_over_udp() {
     let mut bench = Bench::direct();
@@ -96,6 +97,8 @@ fn where_direct_paths_are_blocked_all_is_relayed_and_nothing_is_answered_over_ud
     assert!(effects.contains(&Effect::Changed { from: Some(peer(1)), to: None }));
     assert!(effects.contains(&Effect::CallMeMaybe(vec![])), "the peer is told at once");
     assert!(effects.contains(&Effect::Forgotten(peer(1))));
+    bench.path.set_policy(bench.now, Direct::Blocked);
+    assert_eq!(bench.taken(), [], "the same again is nothing");
     assert_eq!(bench.route(), (None, true));
     assert!(!bench.hear(peer(1)));
     assert!(bench.path.handle_ping(bench.now, RELAY, number(1)), "over the relay it is answered");
@@ -117,4 +120,6 @@ fn when_direct_paths_are_allowed_again_the_latest_node_message_counts() {
     bench.answer(peer(2));
     assert_eq!(bench.best(), Some(peer(2)));
     assert_eq!(pinged(&bench.taken()), [peer(2)], "and no other");
+    bench.path.set_policy(bench.now, Direct::Allowed);
+    assert_eq!(bench.taken(), [], "the same again is nothing");
 }
