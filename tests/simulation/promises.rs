@@ -2,9 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use warren_lab::nat::Kind;
+
 use super::{
     Change, PAIRS, SECOND, Story, WITH_REFERENCE, are_direct, engine::Make, everything_comes_after, happen,
-    nat::Kind, world::World,
+    world::World,
 };
 
 const MS: Duration = Duration::from_millis(1);
