@@ -41,6 +41,7 @@ use crate::{
     registry,
     relay::{self, upgrade::Upgrades},
     runtime::{Address, Cell},
+    udp::LocalPorts,
 };
 
 /// What Start asked for. The session writes it, the root reconciles the `net` tree with it.
@@ -267,6 +268,8 @@ pub struct Seen {
     pub looks: u64,
     /// The addresses of our sockets.
     pub mappings: Mappings,
+    /// Where those were bound when the look began: it says nothing of sockets elsewhere.
+    pub ports: Option<LocalPorts>,
     /// What the last whole look found out.
     pub report: Option<(SystemTime, Report)>,
 }

@@ -23,7 +23,7 @@ use warren_observability::names;
 use crate::{
     coordinator::{self, Cause},
     facts::{Net, NetworkOwner},
-    interfaces, pinger,
+    interfaces, pinger, relay,
     runtime::{CellWriter, Context, Part, PartError},
 };
 
@@ -135,6 +135,17 @@ impl PacketIo {
         }
         state.whereabouts.set_ports(self.ports());
         self.tell_whereabouts(state);
+        // What the old sockets may have begun to find out is worth nothing. Without room it is being looked at.
+        let _ = self.net.relay.try_send(relay::Message::NetworkChanged);
+    }
+
+    /// Takes how the world sees our sockets, if it is these that were looked at.
+    fn take_seen(&self, state: &mut State) {
+        let seen = self.net.netcheck.get();
+        if seen.ports == self.net.data_plane.local_ports() {
+            state.whereabouts.handle_mappings(Instant::now(), &seen.mappings);
+            self.tell_whereabouts(state);
+        }
     }
 
     fn ports(&self) -> Ports {
@@ -177,11 +188,7 @@ impl Part for PacketIo {
                 self.tell_whereabouts(state);
             }
             Message::Network(network) => self.take_network(state, network),
-            Message::Seen => {
-                let seen = self.net.netcheck.get();
-                state.whereabouts.handle_mappings(Instant::now(), &seen.mappings);
-                self.tell_whereabouts(state);
-            }
+            Message::Seen => self.take_seen(state),
             Message::NetworkChanged => self.bind_anew(state).await,
             Message::MapChanged => {
                 let net = Arc::clone(&self.net);
@@ -204,12 +211,13 @@ mod tests {
     use uuid::Uuid;
     use warren_core::{
         coordination::{NetworkMap, Peer},
+        netcheck::Mappings,
         relay_map::RegionId,
     };
     use warren_proto::key::{DiscoPublic, NodePrivate};
 
     use super::*;
-    use crate::{relay::tests::net, runtime::Tasks};
+    use crate::{facts::Seen, relay::tests::net, runtime::Tasks, udp::LocalPorts};
 
     #[tokio::test]
     async fn the_managers_descriptor_becomes_the_device_and_stays_it_over_a_restart() {
@@ -256,6 +264,24 @@ mod tests {
         map.set(NetworkMap::default());
         hear_change(&net).await;
         assert!(net.data_plane.stats().is_empty());
+    }
+
+    /// Conforms: control:N3
+    #[tokio::test]
+    async fn what_was_seen_of_sockets_elsewhere_is_not_told() {
+        let net = Arc::new(net(NetworkOwner::Nobody));
+        let (part, seen) = (PacketIo::new(Arc::clone(&net)), net.netcheck.claim().unwrap());
+        let mut state = part.start(&context(&net)).await.unwrap();
+        let mapped = "198.51.100.9:1111".parse().unwrap();
+        let elsewhere = Some(LocalPorts { v4: 41641, v6: None });
+        for (ports, told) in
+            [(elsewhere, vec![]), (net.data_plane.local_ports(), vec![SocketAddr::V4(mapped)])]
+        {
+            let mappings = Mappings { v4: Some(mapped), ..Mappings::default() };
+            seen.set(Seen { mappings, ports, ..Seen::default() });
+            part.handle(&context(&net), &mut state, Message::Seen).await.unwrap();
+            assert_eq!(**net.endpoints.get(), told);
+        }
     }
 
     async fn start(net: &Arc<Net>) -> Result<(), PartError> {

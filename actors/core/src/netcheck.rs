@@ -334,6 +334,11 @@ impl Netcheck {
         self.effects.pop_front()
     }
 
+    /// The run that began last.
+    pub fn latest_run(&self) -> RunId {
+        RunId(self.generation)
+    }
+
     /// Whether a run is under way.
     pub fn is_running(&self) -> bool {
         self.run.is_some()

@@ -9,7 +9,9 @@ use std::{
 use metrics::gauge;
 use tokio::task::JoinHandle;
 use warren_core::{
-    netcheck::{Effect, Family, Netcheck, Report, RunId, StunHost, StunTarget, Trigger, Unsent, Usage},
+    netcheck::{
+        Effect, Family, Mappings, Netcheck, Report, RunId, StunHost, StunTarget, Trigger, Unsent, Usage,
+    },
     relay_map::RelayMap,
 };
 use warren_observability::names;
@@ -23,6 +25,7 @@ use crate::{
     data_plane::{DataPlane, StunAnswer, StunUnsent},
     facts::{Net, Seen},
     runtime::{Alarm, CellWriter, Context},
+    udp::LocalPorts,
 };
 
 /// The shell of netcheck; the relay's alone.
@@ -30,6 +33,8 @@ pub(super) struct Survey {
     core: Netcheck,
     /// Whose latencies are being measured.
     run: RunId,
+    /// Where our sockets were bound when the present look began.
+    ports: (RunId, Option<LocalPorts>),
     measuring: Option<JoinHandle<Option<()>>>,
     alarm: Alarm,
     seen: CellWriter<Seen>,
@@ -40,7 +45,7 @@ pub(super) struct Survey {
 impl Survey {
     pub(super) fn new(seen: CellWriter<Seen>) -> Self {
         let (core, run, alarm) = (Netcheck::new(), RunId::default(), Alarm::default());
-        Self { core, run, measuring: None, alarm, seen, traffic: (0, None) }
+        Self { core, run, ports: (run, None), measuring: None, alarm, seen, traffic: (0, None) }
     }
 
     /// Which measurement is the present one.
@@ -92,6 +97,7 @@ impl Survey {
         probes: impl Fn() -> Vec<Probe>,
     ) -> Vec<Report> {
         let mut reports = Vec::new();
+        let ports = net.data_plane.local_ports();
         self.core.handle_timeout(Instant::now(), |bytes| {
             bytes.iter_mut().for_each(|byte| *byte = rand::random());
         });
@@ -101,22 +107,27 @@ impl Survey {
                 Effect::MeasureLatencies { run } => self.measure(context, net, run, probes()),
                 Effect::Mapped(mappings) => {
                     let report = self.seen.get().report.clone();
-                    self.publish(Seen { looks: 0, mappings, report });
+                    self.publish(mappings, report);
                 }
                 Effect::Finished(report) => {
                     gauge!(names::NETCHECK_UDP).set(if report.has_udp() { 1.0 } else { 0.0 });
                     let (mappings, told) = (report.mappings, Some((SystemTime::now(), report.clone())));
-                    self.publish(Seen { looks: 0, mappings, report: told });
+                    self.publish(mappings, told);
                     reports.push(report);
                 }
             }
+        }
+        // What was told just now was found out by the one before.
+        if self.ports.0 != self.core.latest_run() {
+            self.ports = (self.core.latest_run(), ports);
         }
         self.alarm.set(context, self.core.poll_timeout(), Message::SurveyDue);
         reports
     }
 
-    fn publish(&self, seen: Seen) {
-        self.seen.set(Seen { looks: self.seen.get().looks + 1, ..seen });
+    fn publish(&self, mappings: Mappings, report: Option<(SystemTime, Report)>) {
+        let looks = self.seen.get().looks + 1;
+        self.seen.set(Seen { looks, mappings, ports: self.ports.1, report });
     }
 
     fn measure(&mut self, context: &Context<Message>, net: &Net, run: RunId, probes: Vec<Probe>) {
