@@ -53,11 +53,9 @@ fn alarms(world: &World) -> Vec<(Instant, Option<Duration>)> {
 }
 
 #[test]
-fn of_a_busy_path_that_loses_a_twentieth_or_a_third_of_everything_nothing_is_thought_for_ten_minutes() {
-    for per_thousand in [50, 300] {
-        for world in lossy_worlds(per_thousand, BUSY) {
-            assert_eq!(alarms(&world), [], "of a thousand {per_thousand} are lost");
-        }
+fn of_a_busy_path_that_loses_a_twentieth_of_everything_nothing_is_thought_for_ten_minutes() {
+    for world in lossy_worlds(50, BUSY) {
+        assert_eq!(alarms(&world), []);
     }
 }
 
@@ -70,12 +68,12 @@ fn of_a_sparse_path_that_loses_a_twentieth_hardly_anything_is_thought_and_that_i
     }
 }
 
-/// With a third lost, the answer that ends an alarm is lost as often as not: then the next one does.
+/// An alarm is over in 100 ms if what ends it comes through at the first attempt. Where nearly a third of everything is
+/// lost, that is one in two or three.
 #[test]
-fn a_sparse_path_that_loses_a_third_is_left_a_few_times_a_minute_and_taken_again_in_a_moment_or_after_a_bar()
-{
+fn a_path_that_loses_a_third_is_left_a_few_times_a_minute_and_taken_again_in_a_moment_or_after_a_bar() {
     let mut healed = Vec::new();
-    for world in lossy_worlds(300, SPARSE) {
+    for world in [BUSY, SPARSE].into_iter().flat_map(|pause| lossy_worlds(300, pause)) {
         let alarms = alarms(&world);
         for (at, _) in &alarms {
             let within = alarms.iter().filter(|(other, _)| *other >= *at && *other < *at + MINUTE).count();
@@ -83,11 +81,11 @@ fn a_sparse_path_that_loses_a_third_is_left_a_few_times_a_minute_and_taken_again
         }
         healed.extend(alarms.iter().filter_map(|(_, after)| *after));
     }
-    let (barred, mut free): (Vec<_>, Vec<_>) = healed.into_iter().partition(|after| *after >= SHORTEST_BAR);
-    free.sort();
+    let (barred, free): (Vec<_>, Vec<_>) = healed.into_iter().partition(|after| *after >= SHORTEST_BAR);
+    let at_once = free.iter().filter(|after| **after <= 100 * MS).count();
     assert!(free.len() >= 10 && barred.len() >= 10, "{free:?}, {barred:?}");
-    assert!(free[free.len() / 2] <= 100 * MS, "{free:?}");
-    assert!(free.iter().all(|after| *after < 5 * SECOND), "{free:?}");
+    assert!(3 * at_once >= free.len(), "{free:?}");
+    assert!(free.iter().all(|after| *after < SHORTEST_BAR), "{free:?}");
     assert!(barred.iter().all(|after| *after < LONGEST_BAR + 6 * SECOND), "{barred:?}");
 }
 
