@@ -8,6 +8,7 @@
 
 mod engine;
 mod network;
+mod outages;
 mod peer;
 mod promises;
 mod world;
