@@ -19,7 +19,7 @@
 //! | `choice` | which is better, and what is trusted |
 //! | `suspicion`, `alarms` | when the path taken is dead, and what false alarms teach |
 //! | `withdrawal` | how the peer is made to leave it too |
-//! | `calling` | where the peer is told that we are |
+//! | `calling`, `former` | where the peer is told that we are, and were |
 //! | `detour` | when it seems not to have understood |
 //! | `standing`, `moves` | how the peer is reached, and what a change brings with it |
 //! | `steps` | what time brings |
@@ -57,6 +57,7 @@ mod calling;
 mod candidates;
 mod choice;
 mod detour;
+mod former;
 mod moves;
 mod outbox;
 mod outstanding;
@@ -293,6 +294,7 @@ impl Path {
             return false;
         }
         self.verify(from);
+        self.withdrawal.handle_heard();
         let patience = self.patience(now);
         if let Some(taken) = self.standing.taken_mut().filter(|taken| taken.is_from(from)) {
             taken.suspicion.handle_ping(now, patience);
@@ -321,7 +323,7 @@ impl Path {
                 if !self.candidates.note_answer(now, &address, latency) {
                     return None;
                 }
-                self.calling.note_observed(observed);
+                self.calling.note_observed(now, observed);
                 let from = canonical(&from);
                 self.verify(from);
                 self.consider(now, Measured { address, latency });
@@ -370,6 +372,7 @@ impl Path {
             }
             Via::Direct(from) => {
                 self.detour.handle_direct();
+                self.withdrawal.handle_heard();
                 let patience = self.patience(now);
                 let from = canonical(&from);
                 if let Some(taken) = self.standing.taken_mut().filter(|taken| taken.is_from(from)) {

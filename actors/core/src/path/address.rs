@@ -60,12 +60,13 @@ impl<const N: usize> Recent<N> {
         }
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = &SocketAddr> {
-        self.0.iter().rev()
-    }
-
     /// Forgets all, and gives them.
     pub(super) fn take(&mut self) -> impl Iterator<Item = SocketAddr> + use<N> {
         std::mem::take(&mut self.0).into_iter()
+    }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
     }
 }

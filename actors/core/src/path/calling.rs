@@ -5,7 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::address::{Recent, probeable};
+use super::{address::probeable, former::Former};
+use crate::backoff::Backoff;
 
 /// Our addresses are asked for again when they are older: the next one is then due anyway.
 const FRESH: Duration = Duration::from_secs(27);
@@ -18,19 +19,22 @@ const SPACING: Duration = Duration::from_secs(1);
 const MAX_OWN: usize = 60;
 const MAX_PAST: usize = 6;
 const MAX_OBSERVED: usize = 4;
-/// A translator that shows us elsewhere at every turn is not followed more often than that.
-const MOVES_APART: Duration = Duration::from_secs(5);
+/// A translator that shows us elsewhere at every turn is followed ever more rarely: each time costs the peer its path.
+const SHORTEST_STAY: Duration = Duration::from_secs(1);
+const LONGEST_STAY: Duration = Duration::from_secs(60);
 
 /// Where we are, were, and seem to be; and who waits to be told.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Calling {
     own: Vec<SocketAddr>,
     collected: Option<Instant>,
-    past: Recent<MAX_PAST>,
-    observed: Recent<MAX_OBSERVED>,
-    /// By which of its addresses the peer was reached last, and where it saw us then.
+    past: Former<MAX_PAST>,
+    observed: Former<MAX_OBSERVED>,
+    /// By which of its addresses the peer was reached last, and where it saw us then, as far as it was told of it.
     seen: Option<(SocketAddr, SocketAddr)>,
-    moved_at: Option<Instant>,
+    /// Until when another address is not told.
+    stays_until: Option<Instant>,
+    stays: Backoff,
     wish: Wish,
     last: Option<Instant>,
 }
@@ -64,13 +68,29 @@ pub(super) struct News {
     pub(super) has_lost: bool,
 }
 
+impl Default for Calling {
+    fn default() -> Self {
+        Self {
+            own: Vec::new(),
+            collected: None,
+            past: Former::default(),
+            observed: Former::default(),
+            seen: None,
+            stays_until: None,
+            stays: Backoff::new(SHORTEST_STAY, LONGEST_STAY, 2.0, 0.0),
+            wish: Wish::None,
+            last: None,
+        }
+    }
+}
+
 impl Calling {
     /// Takes our addresses as just collected.
     pub(super) fn set_own(&mut self, now: Instant, own: &[SocketAddr]) -> News {
         let own = probeable(own, MAX_OWN);
         let mut news = News { has_gained: own.iter().any(|it| !self.own.contains(it)), has_lost: false };
         for gone in self.own.iter().filter(|it| !own.contains(it)) {
-            self.past.note(*gone);
+            self.past.note(now, *gone);
             news.has_lost = true;
         }
         (self.own, self.collected) = (own, Some(now));
@@ -78,29 +98,38 @@ impl Calling {
     }
 
     /// Notes where the peer saw us.
-    pub(super) fn note_observed(&mut self, address: SocketAddr) {
+    pub(super) fn note_observed(&mut self, now: Instant, address: SocketAddr) {
         for address in probeable(&[address], 1) {
-            self.observed.note(address);
+            self.observed.note(now, address);
         }
     }
 
     /// Notes where the peer saw us over the path taken. Returns whether that is elsewhere than before: a translator
     /// between us started anew, and the peer sends to where we were.
     pub(super) fn note_seen(&mut self, now: Instant, over: SocketAddr, observed: SocketAddr) -> bool {
-        let before = self.seen.replace((over, observed));
-        let has_moved = before.is_some_and(|(before, seen)| before == over && seen != observed);
-        let is_soon = self.moved_at.is_some_and(|at| now.saturating_duration_since(at) < MOVES_APART);
-        if !has_moved || is_soon {
+        let has_moved = self.seen.is_some_and(|(before, seen)| before == over && seen != observed);
+        if has_moved && !self.may_move(now) {
             return false;
         }
-        self.moved_at = Some(now);
+        self.seen = Some((over, observed));
+        has_moved
+    }
+
+    fn may_move(&mut self, now: Instant) -> bool {
+        if self.stays_until.is_some_and(|at| now < at) {
+            return false;
+        }
+        if self.stays_until.is_none_or(|at| now.saturating_duration_since(at) >= LONGEST_STAY) {
+            self.stays.reset();
+        }
+        self.stays_until = Some(now + self.stays.next(0.0));
         true
     }
 
     /// Our link changed: nothing that is known of our addresses counts any more, and who sees us elsewhere then does
     /// not because of a translator.
     pub(super) fn expire(&mut self) {
-        (self.collected, self.moved_at) = (None, None);
+        (self.collected, self.stays_until) = (None, None);
     }
 
     /// The peer should be told where we are.
@@ -147,23 +176,27 @@ impl Calling {
 
     /// All addresses at which the peer may know us, to be told at once.
     pub(super) fn all(&mut self, now: Instant) -> Vec<SocketAddr> {
+        let mut all = self.present(now);
+        all.extend(self.observed.iter(now).chain(self.past.iter(now)));
+        probeable(&all, usize::MAX)
+    }
+
+    /// The addresses at which we are now, to be told at once. What a peer was told and is not told again it forgets: so
+    /// the one at which it sees us is among them.
+    pub(super) fn present(&mut self, now: Instant) -> Vec<SocketAddr> {
         (self.wish, self.last) = (Wish::None, Some(now));
-        let known = self.own.iter().chain(self.observed.iter()).chain(self.past.iter());
-        probeable(&known.copied().collect::<Vec<_>>(), usize::MAX)
+        let seen = self.observed.iter(now).take(1);
+        probeable(&self.own.iter().copied().chain(seen).collect::<Vec<_>>(), usize::MAX)
     }
 
     /// An empty list would say "forget me", and is not told of our own accord.
     fn tell(&mut self, now: Instant) -> Option<Telling> {
         self.wish = Wish::None;
-        if self.own.is_empty() {
-            return None;
-        }
-        self.last = Some(now);
-        Some(Telling::Now(self.own.clone()))
+        (!self.own.is_empty()).then(|| Telling::Now(self.present(now)))
     }
 
     #[cfg(test)]
     pub(super) fn len(&self) -> usize {
-        self.own.len() + self.past.iter().count() + self.observed.iter().count()
+        self.own.len() + self.past.len() + self.observed.len()
     }
 }

@@ -52,7 +52,8 @@ impl Path {
         if let Standing::Lost(_) = before {
             self.alarms.handle_answer(now);
             self.withdrawal.handle_answer();
-            self.call_with_all(now);
+            let present = self.calling.present(now);
+            self.push(Effect::CallMeMaybe(present));
         } else if !self.candidates.pinged_us_within(now, SPACING) {
             self.wish_to_call(now);
         }
@@ -202,12 +203,6 @@ impl Path {
     pub(super) fn wish_to_call(&mut self, now: Instant) {
         let telling = self.calling.wish(now);
         self.tell(telling);
-    }
-
-    /// Tells the peer where we are and were, at once.
-    pub(super) fn call_with_all(&mut self, now: Instant) {
-        let all = self.calling.all(now);
-        self.push(Effect::CallMeMaybe(all));
     }
 
     pub(super) fn tell(&mut self, telling: Option<Telling>) {

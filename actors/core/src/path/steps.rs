@@ -89,9 +89,7 @@ impl Path {
 
     /// Is the peer to be told something, so that it leaves a path?
     fn withdraw(&mut self, now: Instant) {
-        if self.standing.is_trusted(now) {
-            self.withdrawal.handle_heard();
-        } else if self.standing.is_condemned() {
+        if self.standing.is_condemned() {
             self.withdrawal.start(now);
         }
         match self.withdrawal.handle_timeout(now) {
@@ -108,8 +106,15 @@ impl Path {
                 self.leave_dead(now);
             }
             Some(Say::GiveUp) => {}
-            Some(Say::All) => self.call_with_all(now),
+            Some(Say::All) => {
+                let all = self.calling.all(now);
+                self.push(Effect::CallMeMaybe(all));
+            }
             Some(Say::None) => self.push(Effect::CallMeMaybe(Vec::new())),
+            Some(Say::Present) => {
+                let present = self.calling.present(now);
+                self.push(Effect::CallMeMaybe(present));
+            }
         }
     }
 

@@ -3,6 +3,7 @@
 use super::*;
 
 mod calling;
+mod following;
 mod leaving;
 mod links;
 mod property;

@@ -2,18 +2,19 @@
 //! proved alive, because the peer will have nothing else.
 //!
 //! ```text
-//!   Idle ──> Proving ──alive──> Calling: all, 20 ms, none, 20 ms, all ──> Listening ──heard──> Idle
-//!             │  ^ once a second             ^                              │
-//!             └──┘ five times, then Idle     └──── silence, three times ────┘
+//!   Idle ──> Proving ──alive──> Calling: all, 20 ms, none, 20 ms, present ──> Listening ──heard──> Idle
+//!             │  ^ once a second             ^                                  │
+//!             └──┘ five times, then Idle     └─ silence, four times, ever longer ┘
 //! ```
 
 use std::time::{Duration, Instant};
 
 /// Between two messages: peers handle each in a task of its own, and must not swap them.
 const PAUSE: Duration = Duration::from_millis(20);
-/// How long the peer may take to be heard over the relay.
+/// How long the peer may take to be heard, at first; each time it is not, twice as long, since its relay may be down.
+/// After all of them four seconds have passed: a path that it was told to leave is out of its trust soon.
 const PATIENCE: Duration = Duration::from_millis(250);
-const MAX_REPEATS: u8 = 3;
+const MAX_REPEATS: u8 = 4;
 /// Between two questions whether the relay is alive.
 const PROOF_PAUSE: Duration = Duration::from_secs(1);
 const MAX_PROOFS: u8 = 5;
@@ -21,7 +22,7 @@ const MAX_PROOFS: u8 = 5;
 /// What the peer is told after it was made to forget our addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ending {
-    /// The addresses again, so that a false alarm heals at once.
+    /// The present addresses again, so that a false alarm heals at once.
     Return,
     /// Nothing: it shall stay on the relay.
     Stay,
@@ -78,6 +79,8 @@ pub(super) enum Say {
     All,
     /// To the peer: no address at all.
     None,
+    /// To the peer: the addresses that we have now.
+    Present,
 }
 
 impl Withdrawal {
@@ -107,7 +110,7 @@ impl Withdrawal {
         }
     }
 
-    /// The peer was heard over the relay, or need not be.
+    /// Data or a ping came from the peer, which shows that it sends where it is heard.
     pub(super) fn handle_heard(&mut self) {
         if let Self::Listening { .. } = self {
             *self = Self::Idle;
@@ -162,12 +165,12 @@ impl Call {
     /// The next message, and what follows it.
     fn speak(self, now: Instant) -> (Say, Withdrawal) {
         let again = |said| Withdrawal::Calling(Self { said, next: now + PAUSE, ..self });
-        let listen = Withdrawal::Listening { call: self, until: now + PATIENCE };
+        let listen = Withdrawal::Listening { call: self, until: now + PATIENCE * (1 << self.repeats) };
         match (self.said, self.ending) {
             (Said::Nothing, _) => (Say::All, again(Said::All)),
             (Said::All, Ending::Return) => (Say::None, again(Said::None)),
             (Said::All, Ending::Stay) => (Say::None, listen),
-            (Said::None, _) => (Say::All, listen),
+            (Said::None, _) => (Say::Present, listen),
         }
     }
 }

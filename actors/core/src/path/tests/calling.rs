@@ -87,3 +87,42 @@ fn all_that_the_peer_may_know_of_us_is_remembered_within_bounds() {
     assert!(all.contains(&own(198)), "before");
     assert!(all.contains(&address("9.9.9.199:1")), "as seen by the peer");
 }
+
+#[test]
+fn of_the_addresses_that_were_ours_few_are_told_and_none_for_long() {
+    let mut bench = Bench::direct();
+    let tell_all = |bench: &mut Bench| bench.path.calling.all(bench.now);
+    for n in 2..40 {
+        bench.path.handle_own_endpoints(bench.now, &[own(n)]);
+        bench.pass(MS);
+    }
+    let all = tell_all(&mut bench);
+    assert_eq!(all[..2], [own(39), own(1)], "where we are, and are seen");
+    assert_eq!(all[2..], (33..39).rev().map(own).collect::<Vec<_>>(), "the latest few before");
+    bench.pass(121 * S);
+    assert_eq!(tell_all(&mut bench), [own(39), own(1), own(38)]);
+}
+
+/// However long nothing was said, the peer keeps to where it saw us last.
+#[test]
+fn where_the_peer_saw_us_before_is_kept_until_long_after_it_sees_us_elsewhere() {
+    let mut calling = Calling::default();
+    let start = Instant::now();
+    calling.note_observed(start, own(1));
+    let then = start + 3600 * S;
+    calling.note_observed(then, own(2));
+    assert_eq!(calling.all(then + 120 * S), [own(2), own(1)]);
+    assert_eq!(calling.all(then + 121 * S), [own(2)]);
+}
+
+/// A list that omits what an earlier one had makes the peer leave it.
+#[test]
+fn where_the_peer_sees_us_is_told_along() {
+    let mut bench = Bench::direct();
+    bench.path.handle_own_endpoints(bench.now, &[own(2)]);
+    bench.take();
+    bench.pass(5 * S);
+    bench.path.handle_ready(bench.now);
+    bench.pass(S);
+    assert_eq!(calls(&bench.take()).last().unwrap().1, [own(2), own(1)]);
+}

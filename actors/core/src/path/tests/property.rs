@@ -188,7 +188,7 @@ impl World {
         assert!(path.outstanding.len() <= outstanding::MAX_OUTSTANDING);
         assert!(path.outbox.len() == 0, "it was drained");
         assert!(path.calling.len() <= candidates::MAX_CANDIDATES);
-        assert!(path.verified.iter().count() <= MAX_VERIFIED);
+        assert!(path.verified.len() <= MAX_VERIFIED);
     }
 }
 
