@@ -23,6 +23,7 @@ use warren_core::{
     path::Direct,
     relay_map::{ConnectionInfo, RelayMap},
     roster::{Update, UpdateError, Workspaces},
+    wakes::Wakes,
 };
 use warren_observability::{names, redact::redact_cut};
 use warren_proto::tailnet::WorkspaceUpdate;
@@ -55,6 +56,7 @@ pub use memory::ControlMemory;
 use peers::Peers;
 pub use refusal::{Redirect, Refusal, Validation};
 pub use upgrade::OpenError;
+pub use warren_core::wakes::Cause;
 
 /// The first pause after an end, the longest, and their growth. The deployment's rate limit is 512 requests
 /// in a minute; a person who waits should not notice the shorter pauses.
@@ -66,8 +68,6 @@ const JITTER: f64 = 0.3;
 const STEADY_AFTER: Duration = Duration::from_secs(10);
 /// Where only a person can help, trying again is for those who helped without telling us.
 const SLOW_RETRY: Duration = Duration::from_secs(5 * 60);
-/// Whoever looks for it sees a waking a few seconds after it at the latest.
-const SAME_WAKING: Duration = Duration::from_secs(5);
 /// The longest that a deployment may ask to be spared.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(10 * 60);
 
@@ -84,17 +84,6 @@ pub enum Message {
         /// Where it got.
         event: Event,
     },
-}
-
-/// What happened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause {
-    /// The manager says that the machine woke up.
-    Manager,
-    /// We see that it did.
-    Resumed,
-    /// The network became another one.
-    Network,
 }
 
 /// Where an attempt to keep a connection got.
@@ -120,8 +109,7 @@ pub struct State {
     link: Link,
     backoff: Backoff,
     proven_at: Option<Instant>,
-    /// When the machine woke up last, as we or the manager saw it.
-    woken_at: Option<Instant>,
+    wakes: Wakes,
     attempt: JoinHandle<Option<()>>,
 }
 
@@ -150,12 +138,10 @@ impl Part for Coordinator {
         let timekeeper = Arc::clone(&shared);
         context.tasks.spawn(async move { timekeeper.peers.keep_time().await });
         let me = context.me.clone();
-        context.tasks.spawn(async move {
-            loop {
-                resume::resumed().await;
-                let _ = me.send(Message::Wake(Cause::Resumed)).await;
-            }
-        });
+        context.tasks.spawn(resume::watch(move || {
+            let me = me.clone();
+            async move { me.send(Message::Wake(Cause::Resumed)).await.unwrap_or_default() }
+        }));
         let (floor, cap, factor) = PAUSES;
         Ok(State {
             attempt: attempt(context, &shared, Begin::AtOnce),
@@ -163,7 +149,7 @@ impl Part for Coordinator {
             link,
             backoff: Backoff::new(floor, cap, factor, JITTER),
             proven_at: None,
-            woken_at: None,
+            wakes: Wakes::default(),
         })
     }
 
@@ -208,13 +194,11 @@ impl Coordinator {
         Self { net, memory }
     }
 
-    /// A manager may see a waking as well as we do: both are one.
+    /// A manager may see a waking as well as we do, and both a network that is another since: all is one.
     fn wake(&self, state: &mut State, cause: Cause) {
-        if cause != Cause::Network {
-            if state.woken_at.is_some_and(|at| at.elapsed() < SAME_WAKING) {
-                return;
-            }
-            state.woken_at = Some(Instant::now());
+        if !state.wakes.is_news(peers::now(), resume::slept(), cause) {
+            tracing::debug!(?cause, "that was seen to already");
+            return;
         }
         tracing::info!(?cause, "every connection has to show that it is alive");
         self.net.recovery.begin(peers::now());

@@ -12,6 +12,7 @@ use std::{
 };
 
 use metrics::counter;
+use tokio::time::timeout;
 use warren_core::{
     endpoints::{Endpoints, Ports},
     netcheck::Families,
@@ -39,6 +40,8 @@ const EVERY_FAMILY: Families = Families { v4: true, v6: true };
 
 /// How often it is looked whether the device is still there: more often than the budget forgives.
 const LOOK_PERIOD: Duration = Duration::from_secs(2);
+/// How long a look at the network may keep sockets from being bound anew: it takes milliseconds.
+const LIST_LIMIT: Duration = Duration::from_millis(250);
 
 /// What packet I/O hears.
 #[derive(Debug)]
@@ -106,16 +109,7 @@ impl PacketIo {
     }
 
     fn take_network(&self, state: &mut State, network: Arc<Network>) {
-        let change = state.network.as_ref().and_then(|known| known.change_to(&network));
-        state.whereabouts.set_interfaces(network.interfaces.clone());
-        state.network = Some(network);
-        let families = state.whereabouts.families();
-        // A machine that is on no network can still have its deployment, a lab, on itself.
-        let families = if families == Families::default() { EVERY_FAMILY } else { families };
-        state.families.set_if_changed(families);
-        if change == Some(Change::Major) {
-            tracing::info!("the network has changed");
-            counter!(names::NETWORK_CHANGES).increment(1);
+        if note_network(state, network) == Some(Change::Major) {
             // It tells everybody whom that concerns, us too: peers are made to leave addresses that we lose once the
             // paths know why. One that has no room left has heard of it already.
             if self.net.coordinator.try_send(coordinator::Message::Wake(Cause::Network)).is_ok() {
@@ -125,8 +119,12 @@ impl PacketIo {
         self.tell_whereabouts(state);
     }
 
-    /// A socket that was bound on a network that is gone can be worth nothing on the next one.
+    /// A socket that was bound on a network that is gone can be worth nothing on the next one. Which network this is for
+    /// is looked up first: when the watcher tells of it, that is no news, and they are not bound anew again.
     async fn bind_anew(&self, state: &mut State) {
+        if let Ok(Ok(network)) = timeout(LIST_LIMIT, interfaces::list()).await {
+            note_network(state, Arc::new(network));
+        }
         self.net.data_plane.link_changed();
         if self.net.data_plane.local_ports().is_some()
             && let Err(error) = self.net.data_plane.rebind().await
@@ -152,6 +150,22 @@ impl PacketIo {
         let ports = self.net.data_plane.local_ports();
         Ports { v4: ports.map(|ports| ports.v4), v6: ports.and_then(|ports| ports.v6), configured: None }
     }
+}
+
+/// Takes over which network the machine is on, and returns how it differs from before.
+fn note_network(state: &mut State, network: Arc<Network>) -> Option<Change> {
+    let change = state.network.as_ref().and_then(|known| known.change_to(&network));
+    state.whereabouts.set_interfaces(network.interfaces.clone());
+    state.network = Some(network);
+    let families = state.whereabouts.families();
+    // A machine that is on no network can still have its deployment, a lab, on itself.
+    let families = if families == Families::default() { EVERY_FAMILY } else { families };
+    state.families.set_if_changed(families);
+    if change == Some(Change::Major) {
+        tracing::info!("the network has changed");
+        counter!(names::NETWORK_CHANGES).increment(1);
+    }
+    change
 }
 
 impl Part for PacketIo {
@@ -206,12 +220,16 @@ impl Part for PacketIo {
 
 #[cfg(test)]
 mod tests {
-    use std::os::{fd::AsRawFd, unix::net::UnixDatagram};
+    use std::{
+        net::Ipv4Addr,
+        os::{fd::AsRawFd, unix::net::UnixDatagram},
+    };
 
     use uuid::Uuid;
     use warren_core::{
         coordination::{NetworkMap, Peer},
         netcheck::Mappings,
+        network::{Interface, Uplink},
         relay_map::RegionId,
     };
     use warren_proto::key::{DiscoPublic, NodePrivate};
@@ -282,6 +300,35 @@ mod tests {
             part.handle(&context(&net), &mut state, Message::Seen).await.unwrap();
             assert_eq!(**net.endpoints.get(), told);
         }
+    }
+
+    #[tokio::test]
+    async fn a_network_for_which_the_sockets_were_bound_anew_is_no_news_when_the_watcher_tells_of_it() {
+        let here = Arc::new(interfaces::list().await.unwrap());
+        for (is_woken, news) in [(false, Some(Change::Major)), (true, None)] {
+            let net = Arc::new(net(NetworkOwner::Nobody));
+            let (part, context) = (PacketIo::new(Arc::clone(&net)), context(&net));
+            let mut state = part.start(&context).await.unwrap();
+            state.network = Some(Arc::new(elsewhere()));
+            if is_woken {
+                part.handle(&context, &mut state, Message::NetworkChanged).await.unwrap();
+            }
+            assert_eq!(note_network(&mut state, Arc::clone(&here)), news);
+        }
+    }
+
+    /// A network that is not this machine's.
+    fn elsewhere() -> Network {
+        let addresses = ["192.0.2.7".parse().unwrap()].into();
+        let interface = Interface { index: 99, name: "elsewhere".to_owned(), is_up: true, addresses };
+        let uplink = Uplink {
+            destination: Ipv4Addr::UNSPECIFIED.into(),
+            gateway: "192.0.2.1".parse().ok(),
+            interface: Some(99),
+            table: 254,
+            metric: 1,
+        };
+        Network { interfaces: vec![interface], uplinks: [uplink].into() }
     }
 
     async fn start(net: &Arc<Net>) -> Result<(), PartError> {

@@ -178,12 +178,10 @@ impl Part for Tunnels {
         self.reconcile(context, &mut state);
         self.act(context, &mut state);
         let me = context.me.clone();
-        context.tasks.spawn(async move {
-            loop {
-                resume::resumed().await;
-                let _ = me.send(Report::Resumed.into()).await;
-            }
-        });
+        context.tasks.spawn(resume::watch(move || {
+            let me = me.clone();
+            async move { me.send(Report::Resumed.into()).await.unwrap_or_default() }
+        }));
         Ok(state)
     }
 

@@ -14,3 +14,4 @@ pub mod ping;
 pub mod relay_map;
 pub mod roster;
 pub mod server_version;
+pub mod wakes;

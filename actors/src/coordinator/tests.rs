@@ -380,7 +380,7 @@ mod waking {
         let _streams = answer(&mut connection, &[]).await;
         rig.link(|link| matches!(link, LinkState::Up { .. })).await;
         let mut relay = rig.relay().await;
-        for cause in [Cause::Manager, Cause::Resumed, Cause::Network] {
+        for cause in [Cause::Manager, Cause::Resumed, Cause::Network, Cause::Resumed, Cause::Manager] {
             rig.net.coordinator.send(Message::Wake(cause)).await.unwrap();
         }
         for _ in 0..2 {
