@@ -22,6 +22,7 @@ pub mod nat;
 pub mod payload;
 pub mod reference;
 mod relay;
+mod seat;
 mod stun;
 #[cfg(test)]
 mod tests;
@@ -36,14 +37,14 @@ use std::{
 
 use tokio::{
     net::{TcpListener, UdpSocket},
-    sync::watch,
+    sync::{mpsc, watch},
 };
 use uuid::Uuid;
 use warren_proto::{
     address::coder_address,
     key::{NodePublic, random},
     name::{self, DEFAULT_SUFFIX, OnlyAgent},
-    tailnet::DerpMap,
+    tailnet::{CoordinateResponse, DerpMap},
 };
 
 use self::{
@@ -64,6 +65,7 @@ pub use self::{
         Report, Reported, Request, Status, Then, Times, Workspace, Workspaces,
     },
     relay::Relay,
+    seat::Seat,
 };
 
 /// How often a waiting call looks again.
@@ -392,6 +394,13 @@ impl Lab {
         if let Some(slot) = agents.iter_mut().find(|slot| slot.id == id) {
             slot.running = self.run(slot.id, slot.region, &slot.title, &slot.lasting);
         }
+    }
+
+    /// Ends an agent and gives its place at the coordinator to somebody else, until [`Lab::start_agent`], with what
+    /// the coordinator says there.
+    pub fn seat(&self, id: Uuid) -> (Seat, mpsc::Receiver<CoordinateResponse>) {
+        self.stop_agent(id, End::Crash);
+        Seat::take(id, &self.control.0.coordinator)
     }
 
     /// Makes an agent deaf and dumb inside the tunnel, or ends that. The coordinator does not notice.
