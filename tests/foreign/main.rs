@@ -12,6 +12,7 @@ mod control;
 mod deployment;
 #[path = "../doubles/mod.rs"]
 mod doubles;
+mod isolated;
 mod nginx;
 mod probes;
 mod program;

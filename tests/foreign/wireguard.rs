@@ -35,12 +35,10 @@ use self::{
 use crate::{
     deployment::{Shape, Theirs, agent_at, random_id},
     doubles::Make,
+    isolated,
     program::{Program, has_program},
-    support::{Deployment, LIMIT, can_isolate, skipped},
+    support::{Deployment, LIMIT, skipped},
 };
-
-/// Set for a test's second life, inside namespaces.
-const INSIDE: &str = "WARREN_TEST_INSIDE";
 
 /// Our address inside the tunnel, and theirs.
 const OURS: Ipv6Addr = Ipv6Addr::new(0xfd60, 0x627a, 0xa42b, 0, 0, 0, 0, 1);
@@ -266,36 +264,12 @@ impl<W: Wire> Ours<W> {
     }
 }
 
-/// Runs the test's body in namespaces of its own, by starting this test there once more. Says loudly where that
-/// is not possible.
+/// Runs the test's body in namespaces of its own, if `wireguard-go` is there.
 fn isolated<Body: FnOnce()>(body: Body) {
-    if std::env::var_os(INSIDE).is_some() {
-        return body();
+    match Command::new("wireguard-go").arg("--version").output() {
+        Ok(_) => isolated::isolated(body),
+        Err(error) => skipped(isolated::test_of::<Body>(), &format!("wireguard-go is missing: {error}")),
     }
-    // The closure is inside the test, whose path its name begins with, after the target's.
-    let name = std::any::type_name::<Body>().trim_end_matches("::{{closure}}");
-    let name = name.split_once("::").map_or(name, |(_, path)| path);
-    if let Err(error) = Command::new("wireguard-go").arg("--version").output() {
-        return skipped(name, &format!("wireguard-go is missing: {error}"));
-    }
-    if !can_isolate(name) {
-        return;
-    }
-    // wireguard-go has its socket in a folder that only root may make. A socket that stands for a device holds ten
-    // packets unless told otherwise; what it loses is sent again, but that takes time.
-    const SHELL: &str = "mount -t tmpfs tmpfs /run && { echo 512 >/proc/sys/net/unix/max_dgram_qlen || true; } && \
-                         exec \"$0\" \"$@\"";
-    let output = Command::new("unshare")
-        .args(["--user", "--map-root-user", "--net", "--mount", "sh", "-c", SHELL])
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", "--nocapture", name])
-        .env(INSIDE, "1")
-        .output()
-        .unwrap();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
-    assert!(text(&output.stdout).contains("1 passed"), "{name}: {}", text(&output.stdout));
-    assert!(!text(&output.stderr).contains("SKIPPED"), "{}", text(&output.stderr));
 }
 
 /// Where something listens on the loopback.

@@ -39,7 +39,8 @@ pub(crate) fn figure(text: &str) {
     say(&format!("\nFIGURE {text}"));
 }
 
-fn say(line: &str) {
+/// Says a line in the test's own output, past the harness's capture.
+pub(crate) fn say(line: &str) {
     // The harness captures the macros, not the stream itself.
     let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }

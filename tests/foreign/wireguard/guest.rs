@@ -9,11 +9,13 @@ use std::{
     time::Duration,
 };
 
-use futures::TryStreamExt;
 use warren_proto::key::{NodePrivate, NodePublic};
 
 use super::loopback;
-use crate::support::{LIMIT, eventually};
+use crate::{
+    isolated::{add_address, bring_up},
+    support::{LIMIT, eventually},
+};
 
 const DEVICE: &str = "wg0";
 const SOCKET: &str = "/run/wireguard/wg0.sock";
@@ -138,18 +140,7 @@ pub(super) fn hex(bytes: &[u8]) -> String {
 /// Brings up the loopback and the device, with its address.
 fn configure(address: Ipv6Addr) {
     const PREFIX: u8 = 48;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async {
-        let (connection, handle, _) = rtnetlink::new_connection().unwrap();
-        tokio::spawn(connection);
-        for name in ["lo", DEVICE] {
-            let link = handle.link().get().match_name(name.to_owned()).execute().try_next().await;
-            let index = link.unwrap().unwrap().header.index;
-            if name == DEVICE {
-                handle.address().add(index, address.into(), PREFIX).execute().await.unwrap();
-            }
-            let up = rtnetlink::LinkUnspec::new_with_index(index).up().build();
-            handle.link().set(up).execute().await.unwrap();
-        }
-    });
+    add_address(DEVICE, address.into(), PREFIX);
+    bring_up("lo");
+    bring_up(DEVICE);
 }
