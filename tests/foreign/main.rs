@@ -2,6 +2,8 @@
 //!
 //! * [`program`]: the libraries that deployments are made of (drpc, yamux, websocket, DERP, disco), in one Go
 //!   program that plays control plane, control client, relay and agent. Its source is in `peer/`.
+//! * [`direct`]: `magicsock`, the path engine that deployed agents have an older one of, in the same program, with
+//!   `wireguard-go` as a library and a TCP stack behind it.
 //! * [`wireguard`]: `wireguard-go` as a distribution packages it.
 //! * [`nginx`]: nginx in front of a deployment, and a proxy on the way there.
 //!
@@ -10,6 +12,7 @@
 
 mod control;
 mod deployment;
+mod direct;
 #[path = "../doubles/mod.rs"]
 mod doubles;
 mod isolated;

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Output, Stdio},
     sync::{
-        OnceLock,
+        Arc, Mutex, OnceLock,
         mpsc::{self, Receiver, RecvTimeoutError},
     },
     thread,
@@ -60,10 +60,21 @@ fn go(arguments: &[&str]) -> std::io::Result<Output> {
     Command::new("go").args(arguments).current_dir(SOURCE).output()
 }
 
+/// Where orders go in.
+#[derive(Clone)]
+pub(crate) struct Orders(Arc<Mutex<ChildStdin>>);
+
+impl Orders {
+    /// Gives an order. The error is that there is nobody any more.
+    pub(crate) fn give(&self, order: &Value) -> std::io::Result<()> {
+        writeln!(self.0.lock().unwrap(), "{order}")
+    }
+}
+
 /// One role of the program.
 pub(crate) struct Program {
     child: Child,
-    orders: Option<ChildStdin>,
+    orders: Orders,
     heard: Receiver<Value>,
     /// What was heard and not asked for yet.
     unseen: Vec<Value>,
@@ -74,19 +85,28 @@ pub(crate) struct Program {
 impl Program {
     /// Starts a role and waits until it is ready.
     pub(crate) fn start(role: &str, arguments: &[&str]) -> Self {
-        let program = Self::begin(role, arguments);
+        Self::start_overheard(role, arguments, |_| {})
+    }
+
+    /// Starts a role whose events somebody else hears too, at once, and waits until it is ready.
+    pub(crate) fn start_overheard(
+        role: &str,
+        arguments: &[&str],
+        hear: impl FnMut(&Value) + Send + 'static,
+    ) -> Self {
+        let program = Self::begin(role, arguments, hear);
         assert_eq!(program.ready["event"], "ready", "{role}: {}", program.ready);
         program
     }
 
     /// Starts a role that cannot become ready. Returns why.
     pub(crate) fn refused(role: &str, arguments: &[&str]) -> String {
-        let program = Self::begin(role, arguments);
+        let program = Self::begin(role, arguments, |_| {});
         assert_eq!(program.ready["event"], "failed", "{role}: {}", program.ready);
         program.ready["error"].as_str().unwrap().to_owned()
     }
 
-    fn begin(role: &str, arguments: &[&str]) -> Self {
+    fn begin(role: &str, arguments: &[&str], mut hear: impl FnMut(&Value) + Send + 'static) -> Self {
         let mut child = Command::new(build().unwrap())
             .arg(role)
             .args(arguments)
@@ -95,11 +115,14 @@ impl Program {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let (orders, output) = (child.stdin.take(), child.stdout.take().unwrap());
+        let orders = Orders(Arc::new(Mutex::new(child.stdin.take().unwrap())));
+        let output = child.stdout.take().unwrap();
         let (tell, heard) = mpsc::sync_channel(QUEUE);
         thread::spawn(move || {
             for line in BufReader::new(output).lines().map_while(Result::ok) {
-                if tell.send(serde_json::from_str(&line).unwrap_or(Value::String(line))).is_err() {
+                let event = serde_json::from_str(&line).unwrap_or(Value::String(line));
+                hear(&event);
+                if tell.send(event).is_err() {
                     return;
                 }
             }
@@ -116,8 +139,12 @@ impl Program {
 
     /// Gives an order.
     pub(crate) fn order(&mut self, order: Value) {
-        let orders = self.orders.as_mut().unwrap();
-        writeln!(orders, "{order}").unwrap_or_else(|error| panic!("{error}: {order}: {:#?}", self.unseen));
+        self.orders.give(&order).unwrap_or_else(|error| panic!("{error}: {order}: {:#?}", self.unseen));
+    }
+
+    /// For somebody else who gives orders, too.
+    pub(crate) fn orders(&self) -> Orders {
+        self.orders.clone()
     }
 
     /// Waits for an event that nobody has waited for yet; others stay for later.
@@ -165,8 +192,6 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // It ends when nobody orders any more; a kill is for one that hangs.
-        drop(self.orders.take());
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

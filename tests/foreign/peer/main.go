@@ -34,12 +34,15 @@ type order struct {
 	Bytes     []byte          `json:"bytes"`
 	Padding   int             `json:"padding"`
 	Preferred bool            `json:"preferred"`
+	Region    int             `json:"region"`
+	Addresses []string        `json:"addresses"`
 }
 
 // A role gives what it is ready with, and what it does with an order.
 type role func(arguments []string) (ready event, obey func(order) error, err error)
 
 var roles = map[string]role{
+	"agent":          agent,
 	"control":        control,
 	"control-client": controlClient,
 	"relay":          relay,
@@ -57,7 +60,7 @@ func main() {
 
 func run(arguments []string) error {
 	if len(arguments) == 0 || roles[arguments[0]] == nil {
-		return fmt.Errorf("usage: peer control|control-client|relay|node|stun ARGUMENTS")
+		return fmt.Errorf("usage: peer agent|control|control-client|relay|node|stun ARGUMENTS")
 	}
 	ready, obey, err := roles[arguments[0]](arguments[1:])
 	if err != nil {

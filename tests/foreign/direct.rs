@@ -1,0 +1,260 @@
+//! Direct paths: our whole service and its tunnel, and an agent whose paths are `magicsock`'s.
+//!
+//! ```text
+//! kernel ── warren0 ── our tunnel ══ UDP ══ valve ── magicsock ── wireguard-go ── a TCP stack that echoes
+//!                          ╚════════ lab's relay ══════╝
+//! ```
+//! Deployed agents have an older `magicsock` with changes of their own (tailnet-data 7, 8): what is asserted here is
+//! what both promise. The valve is in the Go program and loses what a firewall would.
+
+mod agent;
+mod transfer;
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+use warren_lab::LabOptions;
+
+use self::{
+    agent::{ForeignAgent, is_direct, is_relayed},
+    transfer::Transfer,
+};
+use crate::{
+    isolated::{add_address, bring_up, isolated, remove_address},
+    program::has_program,
+    support::{self, Deployment, LIMIT, ServiceProcess, figure, signal, stderr, stdout, within},
+};
+
+/// How soon both must have found each other (tailnet-data 20.2, row 5).
+const FOUND: Duration = Duration::from_secs(3);
+/// How long a path that died may be believed in (rows 6 and 9), and how soon one that is back must be taken.
+const BELIEVED: Duration = Duration::from_secs(7);
+const TAKEN: Duration = Duration::from_secs(6);
+/// More than TCP waits between tries once such a time has passed, so that a transfer may go on only with its next.
+const RETRY: Duration = Duration::from_secs(7);
+/// A path that works carries on without a pause that anybody notices.
+const NOTICED: Duration = Duration::from_secs(1);
+
+/// An address that is ours to take away again: a change of the network.
+const PASSING: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 99, 0, 1));
+
+#[test]
+fn their_agent_and_our_tunnel_are_direct_at_once_and_both_say_so() {
+    if !has_program("a direct path between our tunnel and their agent") {
+        return;
+    }
+    let mut scene = Scene::up(ServiceProcess::start());
+    scene.agent.program.wait(is_direct);
+    let took = scene.agent.between(|event| event["event"] == "knows", is_direct);
+    figure(&format!("their agent is direct {} ms after it has heard of us", took.as_millis()));
+    assert!(took < FOUND, "{took:?}");
+    within(TAKEN, "ours is direct", || scene.ping().contains("path=direct"));
+    within(LIMIT, "status says so", || scene.service.status()["agents"][0]["p2p"] == true);
+    assert!(scene.agent.wireguard_over_udp() > 0);
+}
+
+#[test]
+fn a_transfer_survives_that_udp_is_blocked_and_returns_to_it_when_it_is_not() {
+    if !has_program("UDP that is blocked between our tunnel and their agent") {
+        return;
+    }
+    isolated(|| {
+        let mut scene = Scene::isolated();
+        scene.agent.program.wait(is_direct);
+        let transfer = scene.transfer();
+        transfer.has_moved_on();
+        let before = scene.agent.wireguard_over_udp();
+        assert!(before > 0);
+
+        transfer.silence();
+        scene.agent.order("block_udp");
+        let blocked = Instant::now();
+        scene.agent.program.wait(is_relayed);
+        let left = blocked.elapsed();
+        assert!(left < BELIEVED, "{left:?}");
+        transfer.has_moved_on();
+        let stall = transfer.silence();
+        assert!(stall < BELIEVED + RETRY, "{stall:?}");
+        assert!(scene.ping().contains("path=relay"), "{}", scene.service.log());
+
+        scene.agent.program.forget();
+        scene.agent.order("allow_udp");
+        let allowed = Instant::now();
+        scene.agent.program.wait(is_direct);
+        let theirs = allowed.elapsed();
+        within(TAKEN, "ours is direct again", || scene.ping().contains("path=direct"));
+        assert!(theirs < TAKEN, "{theirs:?}");
+        transfer.has_moved_on();
+        figure(&format!(
+            "their agent leaves blocked UDP after {} ms, a transfer stalls for {} ms, and takes it again {} ms after \
+             it is unblocked",
+            left.as_millis(),
+            stall.as_millis(),
+            theirs.as_millis()
+        ));
+        scene.has_not_restarted();
+    });
+}
+
+#[test]
+fn a_transfer_survives_that_the_relay_is_killed_or_stalls() {
+    if !has_program("a relay that fails between our tunnel and their agent") {
+        return;
+    }
+    isolated(|| {
+        let mut scene = Scene::isolated();
+        scene.agent.program.wait(is_direct);
+        let relay = scene.deployment.lab.relay();
+        let transfer = scene.transfer();
+        transfer.has_moved_on();
+
+        // A direct path needs no relay.
+        transfer.silence();
+        relay.stall(true);
+        transfer.has_moved_on();
+        relay.kill_connections();
+        transfer.has_moved_on();
+        let silence = transfer.silence();
+        assert!(silence < NOTICED, "{silence:?}");
+        relay.stall(false);
+
+        scene.agent.order("block_udp");
+        within(LIMIT, "everything is relayed", || scene.ping().contains("path=relay"));
+        transfer.has_moved_on();
+        let passed = relay.packets();
+        transfer.silence();
+        let logins = scene.relay_logins();
+        relay.kill_connections();
+        within(LIMIT, "both log in again", || scene.relay_logins() >= logins + 2);
+        transfer.has_moved_on();
+        let killed = transfer.silence();
+        assert!(killed < RETRY, "{killed:?}");
+        assert!(relay.packets() > passed);
+
+        relay.stall(true);
+        within(LIMIT, "a relay that stalls carries nothing", || {
+            let rounds = transfer.rounds();
+            thread::sleep(NOTICED);
+            transfer.rounds() == rounds
+        });
+        relay.stall(false);
+        transfer.has_moved_on();
+        figure(&format!("a killed relay stalls a transfer with their agent for {} ms", killed.as_millis()));
+        scene.has_not_restarted();
+    });
+}
+
+#[test]
+fn their_agent_hears_a_probe_first_from_our_next_port_and_follows_us_there() {
+    if !has_program("our tunnel at another port, and their agent") {
+        return;
+    }
+    isolated(|| {
+        add_address("lo", PASSING, 32);
+        let mut scene = Scene::isolated();
+        scene.agent.program.wait(is_direct);
+        let transfer = scene.transfer();
+        transfer.has_moved_on();
+        transfer.silence();
+        scene.agent.program.forget();
+
+        let moved = Instant::now();
+        let taken = scene.move_to_another_port();
+        let left = taken.local_addr().unwrap().port();
+        let is_anew = |address: &Value| {
+            address.as_str().unwrap().parse::<SocketAddr>().is_ok_and(|address| address.port() != left)
+        };
+        scene.agent.program.wait(|event| is_direct(event) && is_anew(&event["address"]));
+        let took = moved.elapsed();
+        assert!(took < BELIEVED, "{took:?}");
+        transfer.has_moved_on();
+        let stall = transfer.silence();
+        figure(&format!(
+            "their agent is direct to our next port after {} ms; a transfer stalls for {} ms",
+            took.as_millis(),
+            stall.as_millis()
+        ));
+        let heard = scene.agent.program.unseen("heard");
+        let firsts: Vec<_> = heard.iter().filter(|event| is_anew(&event["from"])).collect();
+        assert!(!firsts.is_empty() && firsts.iter().all(|event| event["disco"] == true), "{firsts:?}");
+        assert!(stall < BELIEVED, "{stall:?}");
+        assert!(scene.ping().contains("path=direct"), "{}", scene.service.log());
+        scene.has_not_restarted();
+    });
+}
+
+struct Scene {
+    agent: ForeignAgent,
+    service: ServiceProcess,
+    deployment: Deployment,
+}
+
+impl Scene {
+    /// In namespaces, with a device.
+    fn isolated() -> Self {
+        bring_up("lo");
+        Self::up(ServiceProcess::start_configured(""))
+    }
+
+    fn up(service: ServiceProcess) -> Self {
+        let deployment = Deployment::with(LabOptions { agents: 1, direct: true, ..LabOptions::default() });
+        let agent = ForeignAgent::start(&deployment);
+        let (url, token) = deployment.access();
+        service.pretend_login(&url, &token);
+        let up = service.warren(&["up", "--wait"]);
+        assert!(up.status.success(), "{}", stderr(&up));
+        Self { agent, service, deployment }
+    }
+
+    fn ping(&self) -> String {
+        stdout(&self.service.warren(&["ping", "main.lab-1", "--count", "1"]))
+    }
+
+    fn transfer(&self) -> Transfer {
+        Transfer::start(self.agent.echoes_at())
+    }
+
+    /// Where we are, as the coordinator knows it.
+    fn endpoints(&self) -> Vec<SocketAddr> {
+        let control = self.deployment.control();
+        let [client] = *control.clients() else { panic!("one client") };
+        let told = control.node(client).unwrap().endpoints;
+        told.iter().map(|endpoint| endpoint.parse().unwrap()).collect()
+    }
+
+    /// How often somebody has asked the relay to be let in.
+    fn relay_logins(&self) -> usize {
+        self.deployment.control().recording().requests.iter().filter(|it| it.path == "/derp").count()
+    }
+
+    fn our_port(&self) -> Option<u16> {
+        self.endpoints().iter().find(|endpoint| endpoint.is_ipv4()).map(SocketAddr::port)
+    }
+
+    /// Has us bind our sockets anew, where our port is somebody else's by then: for as long as that is kept. The
+    /// service makes them, and waits until the port is taken.
+    fn move_to_another_port(&self) -> UdpSocket {
+        let mut port = None;
+        within(LIMIT, "we tell where we are", || {
+            port = self.our_port();
+            port.is_some()
+        });
+        signal(self.service.pid(), "STOP");
+        remove_address("lo", PASSING);
+        let mut taken = None;
+        within(LIMIT, "we give up our port", || {
+            taken = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port.unwrap())).ok();
+            taken.is_some()
+        });
+        signal(self.service.pid(), "CONT");
+        taken.unwrap()
+    }
+
+    fn has_not_restarted(&self) {
+        assert_eq!(support::sum(&self.service.metrics(), "warren_tunnel_restarts_total", &[]), 0.0);
+    }
+}
