@@ -37,7 +37,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use warren_core::{
     coordination::NetworkMap,
-    path::{Best, Direct},
+    path::{Best, Direct, Why},
     relay_map::RegionId,
 };
 use warren_proto::{
@@ -128,6 +128,8 @@ pub struct PathChange {
     pub from: Option<SocketAddr>,
     /// The address now; `None` for the relay.
     pub to: Option<SocketAddr>,
+    /// Why.
+    pub why: Why,
 }
 
 /// What a STUN server said.

@@ -3,13 +3,13 @@
 //! | Cell | Writer |
 //! |---|---|
 //! | [`Net::link`], [`Net::network_map`], [`Net::relay_map`], [`Net::upgrades`], [`Net::direct`], [`Net::workspaces`] | coordinator |
-//! | [`Net::peers`], [`Net::interface`] | registry |
+//! | [`Net::peers`], [`Net::interface`], [`Net::paths`] | registry |
 //! | [`Net::relays`], [`Net::forced_websocket`], [`Net::home`], [`Net::latencies`], [`Net::netcheck`] | relay |
 //! | [`Net::families`], [`Net::endpoints`] | packet I/O |
 //! | [`Net::host`] | session (the manager owns the network) or host (the tunnel owns it) |
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     net::{Ipv6Addr, SocketAddr},
     os::fd::RawFd,
     sync::Arc,
@@ -24,6 +24,7 @@ use warren_core::{
     home::RegionLatency,
     netcheck::{Families, Mappings, Report},
     path::Direct,
+    path_news::PathEvent,
     relay_map::{RegionId, RelayMap},
     roster::{Snapshot, Workspaces},
 };
@@ -229,6 +230,8 @@ pub struct Net {
     pub workspaces: Cell<Workspaces>,
     /// What a manager is told.
     pub peers: Cell<Snapshot>,
+    /// Which paths changed lately.
+    pub paths: Cell<PathLog>,
     /// What the host's interface should look like.
     pub interface: Cell<Option<InterfaceConfig>>,
     /// What became of it.
@@ -274,6 +277,33 @@ pub struct Seen {
     pub report: Option<(SystemTime, Report)>,
 }
 
+/// Changes of paths that are kept for who asks; each is about 100 bytes.
+const MAX_EVENTS: usize = 256;
+
+/// The latest changes of paths, for who follows them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PathLog {
+    /// The number of the latest; the first has 1.
+    pub newest: u64,
+    /// The latest, in order.
+    pub events: VecDeque<(SystemTime, PathEvent)>,
+}
+
+impl PathLog {
+    /// Adds what is told now.
+    pub fn add(&mut self, at: SystemTime, events: Vec<PathEvent>) {
+        self.newest += events.len() as u64;
+        self.events.extend(events.into_iter().map(|event| (at, event)));
+        self.events.drain(..self.events.len().saturating_sub(MAX_EVENTS));
+    }
+
+    /// What came after the event of this number, as far as it is kept.
+    pub fn after(&self, number: u64) -> impl Iterator<Item = &(SystemTime, PathEvent)> {
+        let news = usize::try_from(self.newest.saturating_sub(number)).unwrap_or(usize::MAX);
+        self.events.iter().skip(self.events.len().saturating_sub(news))
+    }
+}
+
 impl Net {
     /// A net about which nothing is known yet, and none of whose parts has started.
     pub fn new(boot: Arc<Boot>, identity: Identity, data_plane: DataPlane, addresses: Addresses) -> Self {
@@ -289,6 +319,7 @@ impl Net {
             direct: Cell::default(),
             workspaces: Cell::default(),
             peers: Cell::default(),
+            paths: Cell::default(),
             interface: Cell::default(),
             host: Cell::default(),
             relays: Cell::default(),

@@ -1,21 +1,29 @@
 //! The peer registry: the one table of who is there. It joins what the control plane lists, what WireGuard
 //! says of handshakes and what the pinger heard, and publishes what managers are told.
 //!
-//! Owns the cells `peers` and `interface`. A successor restores the table from the cell: pings and handshakes
+//! Owns the cells `peers`, `interface` and `paths`. A successor restores the table from the cell: pings and handshakes
 //! survive a crash. It never asks anyone but the data plane.
 
-use std::{collections::BTreeMap, net::Ipv6Addr, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::Ipv6Addr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use metrics::{Gauge, counter, gauge};
 use tokio::time::Instant;
 use uuid::Uuid;
-use warren_core::roster::{AgentEntry, PingReport, Roster, Snapshot};
+use warren_core::{
+    path_news::{PathEvent, PathNews},
+    roster::{AgentEntry, PingReport, Roster, Snapshot},
+};
 use warren_observability::names;
 use warren_proto::{key::NodePublic, vpn::workspace::Status};
 
 use crate::{
     data_plane::PathChange,
-    facts::{InterfaceConfig, Net},
+    facts::{InterfaceConfig, Net, PathLog},
     runtime::{CellWriter, Context, Part, PartError},
 };
 
@@ -27,6 +35,8 @@ const MTU: u32 = 1280;
 const CODER_ROUTE: (Ipv6Addr, u8) = (Ipv6Addr::new(0xfd60, 0x627a, 0xa42b, 0, 0, 0, 0, 0), 48);
 /// Facts that arrive within this are published together: at the start of a thousand agents each has news.
 const PAUSE: Duration = Duration::from_millis(50);
+/// Changes of paths that are logged one by one within a tick: those of a thousand agents can come together.
+const MAX_LINES: usize = 64;
 
 /// What the registry hears.
 #[derive(Debug)]
@@ -59,6 +69,10 @@ pub struct Registry {
 pub struct State {
     roster: Roster,
     peers: CellWriter<Snapshot>,
+    paths: CellWriter<PathLog>,
+    news: PathNews,
+    /// Changes of paths that were told since the last tick.
+    lines: usize,
     gauges: Gauges,
     /// Whether a publication is due anyway.
     is_gathering: bool,
@@ -75,19 +89,15 @@ impl Registry {
         InterfaceConfig { address: self.net.identity.address, routes: vec![CODER_ROUTE], mtu: MTU }
     }
 
-    /// For people: by the agent's name, which the data plane does not know.
-    fn tell_of_path(&self, state: &State, change: &PathChange) {
+    fn take_change(&self, state: &mut State, change: &PathChange) {
         let map = self.net.network_map.get();
-        let Some((id, _)) = map.peers.iter().find(|(_, peer)| peer.node_key == change.peer) else { return };
-        let agent = state.roster.snapshot().agents.get(id).and_then(|agent| agent.fqdn.first());
-        let agent = agent.map_or_else(|| id.to_string(), |name| name.trim_end_matches('.').to_owned());
-        match (change.from, change.to) {
-            (None, Some(to)) => tracing::info!(agent, %to, "an agent is reached directly"),
-            (Some(from), Some(to)) => {
-                tracing::info!(agent, %from, %to, "an agent is reached by another direct path")
-            }
-            (Some(from), None) => tracing::info!(agent, %from, "an agent is reached by relay again"),
-            (None, None) => {}
+        let Some((agent, _)) = map.peers.iter().find(|(_, peer)| peer.node_key == change.peer) else {
+            return;
+        };
+        let PathChange { from, to, why, .. } = *change;
+        let event = PathEvent { agent: *agent, from, to, why, changes: 1 };
+        if let Some(event) = state.news.handle_change(std::time::Instant::now(), event) {
+            state.tell(vec![event]);
         }
     }
 
@@ -119,6 +129,54 @@ impl Registry {
     }
 }
 
+impl State {
+    /// Tells of the paths that changed several times, and of how many were not logged.
+    fn tell_held_news(&mut self) {
+        if let Some(more) = self.lines.checked_sub(MAX_LINES).filter(|more| *more > 0) {
+            tracing::info!(agents = more, "more agents are reached by another way than before");
+        }
+        self.lines = 0;
+        let due = self.news.handle_timeout(std::time::Instant::now());
+        self.tell(due);
+    }
+
+    fn tell(&mut self, events: Vec<PathEvent>) {
+        if events.is_empty() {
+            return;
+        }
+        for event in &events {
+            self.lines += 1;
+            if self.lines <= MAX_LINES {
+                self.log(event);
+            }
+        }
+        let mut log = PathLog::clone(&self.paths.get());
+        log.add(SystemTime::now(), events);
+        self.paths.set(log);
+    }
+
+    /// For people: by the agent's name, which the data plane does not know.
+    fn log(&self, event: &PathEvent) {
+        let PathEvent { agent: id, from, to, why, changes } = event;
+        let agent = self.roster.snapshot().agents.get(id).and_then(|agent| agent.fqdn.first());
+        let agent = agent.map_or_else(|| id.to_string(), |name| name.trim_end_matches('.').to_owned());
+        let reason = why.label();
+        match (from, to) {
+            (None, Some(to)) => tracing::info!(agent, %to, reason, changes, "an agent is reached directly"),
+            (Some(from), Some(to)) if from == to => {
+                tracing::info!(agent, %to, reason, changes, "an agent is reached by the same direct path again");
+            }
+            (Some(from), Some(to)) => {
+                tracing::info!(agent, %from, %to, reason, changes, "an agent is reached by another direct path");
+            }
+            (Some(from), None) => {
+                tracing::info!(agent, %from, reason, changes, "an agent is reached by relay again");
+            }
+            (None, None) => tracing::info!(agent, reason, changes, "a direct path to an agent did not last"),
+        }
+    }
+}
+
 impl Part for Registry {
     type Message = Message;
     type State = State;
@@ -129,7 +187,16 @@ impl Part for Registry {
         context.follow(self.net.workspaces.view(), || Message::WorkspacesChanged);
         context.tick(TICK, || Message::Tick);
         let roster = Roster::restore(Snapshot::clone(&peers.get()));
-        Ok(State { roster, peers, gauges: Gauges::default(), is_gathering: false, published_at: None })
+        Ok(State {
+            roster,
+            peers,
+            paths: self.net.paths.claim()?,
+            news: PathNews::default(),
+            lines: 0,
+            gauges: Gauges::default(),
+            is_gathering: false,
+            published_at: None,
+        })
     }
 
     async fn handle(
@@ -154,8 +221,12 @@ impl Part for Registry {
                     self.gather(context, state);
                 }
             }
-            Message::PathChanged(change) => self.tell_of_path(state, &change),
-            Message::Handshake(_) | Message::Tick => self.gather(context, state),
+            Message::PathChanged(change) => self.take_change(state, &change),
+            Message::Handshake(_) => self.gather(context, state),
+            Message::Tick => {
+                state.tell_held_news();
+                self.gather(context, state);
+            }
             Message::Publish => {
                 state.is_gathering = false;
                 self.publish(state);
@@ -223,7 +294,13 @@ fn status_label(status: i32) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use warren_core::roster::{Workspace, Workspaces};
+    use warren_core::{
+        coordination::{NetworkMap, Peer},
+        path::Why,
+        relay_map::RegionId,
+        roster::{Workspace, Workspaces},
+    };
+    use warren_proto::key::DiscoPublic;
 
     use super::*;
     use crate::{facts::NetworkOwner, relay::tests::net, runtime::Tasks};
@@ -269,6 +346,44 @@ mod tests {
         setting.hear(Message::Publish).await;
         assert_eq!(setting.part.net.peers.view().generation(), before + 1);
         assert_eq!(setting.agent(1).unwrap().last_ping.unwrap().latency, Duration::from_millis(99));
+    }
+
+    #[tokio::test]
+    async fn who_follows_paths_is_told_of_each_change_by_agent_and_of_a_peer_that_is_gone_nothing() {
+        let mut setting = Setting::new(Arc::new(net(NetworkOwner::Nobody))).await;
+        let (key, stranger) = (NodePublic([1; 32]), NodePublic([2; 32]));
+        let peer = Peer {
+            node_key: key,
+            disco_key: DiscoPublic([1; 32]),
+            home: RegionId(1),
+            addresses: Vec::new(),
+            keepalive: true,
+            endpoints: Vec::new(),
+            ready: true,
+        };
+        let peers = [(Uuid::from_u128(1), peer)].into();
+        setting.part.net.network_map.claim().unwrap().set(NetworkMap { peers });
+        let to = "192.0.2.1:41641".parse().ok();
+        for (peer, from, to, why) in
+            [(stranger, None, to, Why::Found), (key, None, to, Why::Found), (key, to, None, Why::Dead)]
+        {
+            setting.hear(Message::PathChanged(PathChange { peer, from, to, why })).await;
+        }
+        let log = setting.part.net.paths.get();
+        let told: Vec<_> = log.after(0).map(|(_, event)| (event.agent, event.to, event.why)).collect();
+        assert_eq!(told, [(Uuid::from_u128(1), to, Why::Found)], "the second within 10 s waits");
+        assert_eq!((log.newest, log.after(1).count(), log.after(9).count()), (1, 0, 0));
+    }
+
+    #[test]
+    fn the_log_of_paths_keeps_the_latest_and_their_numbers() {
+        let mut log = PathLog::default();
+        let event =
+            |id| PathEvent { agent: Uuid::from_u128(id), from: None, to: None, why: Why::Found, changes: 1 };
+        (0..1000).for_each(|id| log.add(SystemTime::now(), vec![event(id)]));
+        assert_eq!(log.newest, 1000);
+        assert_eq!(log.after(998).map(|it| it.1).collect::<Vec<_>>(), [event(998), event(999)]);
+        assert_eq!(log.after(0).count(), 256);
     }
 
     /// Conforms: vpn:15.17

@@ -7,6 +7,7 @@ pub mod health;
 pub mod logs;
 pub mod merge;
 pub mod names;
+pub mod netcheck;
 pub mod page;
 pub mod redact;
 pub mod regions;

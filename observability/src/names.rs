@@ -129,8 +129,18 @@ families! {
     /// Latency of a region's relay, as measured over HTTP.
     DERP_LATENCY = "warren_derp_latency_seconds", Gauge, SECONDS, ["region"];
 
-    /// Whether UDP gets out and back (1), as last looked at.
+    /// Whether direct paths are tried (1); not where the deployment forbids them or no UDP sockets could be had.
+    DIRECT_ALLOWED = "warren_direct_allowed", Gauge, None, [];
+    /// Direct paths found, exchanged and left, by reason; of single agents the log and the local API's events tell.
+    DIRECT_PATH_CHANGES = "warren_direct_path_changes_total", Counter, None, ["reason"];
+    /// Path probes to and from peers.
+    DISCO_MESSAGES = "warren_disco_messages_total", Counter, None, ["direction", "type", "path"];
+    /// When it was last looked how the world sees this machine, in Unix time.
+    NETCHECK_LAST = "warren_netcheck_last_timestamp_seconds", Gauge, SECONDS, [];
+    /// Whether UDP gets out and back (1), as last looked at; absent where nobody could be asked.
     NETCHECK_UDP = "warren_netcheck_udp", Gauge, None, [];
+    /// Whether others see this machine at an address that depends on who they are (1): direct paths are hard to find then.
+    NETCHECK_MAPPING_VARIES = "warren_netcheck_mapping_varies", Gauge, None, [];
     /// Times that this machine's network became another one.
     NETWORK_CHANGES = "warren_network_changes_total", Counter, None, [];
     /// Time from a change of the network, or from waking up, until packets (data) and the deployment (control) got

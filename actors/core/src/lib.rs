@@ -10,6 +10,7 @@ pub mod netcheck;
 pub mod network;
 pub mod own_node;
 pub mod path;
+pub mod path_news;
 pub mod ping;
 pub mod relay_map;
 pub mod roster;

@@ -93,6 +93,51 @@ pub enum Direct {
     Blocked,
 }
 
+/// Why another path is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Why {
+    /// A direct path answered, and there was none.
+    Found,
+    /// Another direct path is better, or answers where the one before does not.
+    Better,
+    /// The direct path does not answer any more.
+    Dead,
+    /// The same, and that too often: direct paths are let be for a while.
+    Flapping,
+    /// The system says that there is no way to the peer's address.
+    Unreachable,
+    /// The peer is not at its address any more, as far as it tells.
+    Withdrawn,
+    /// Direct paths are not allowed any more.
+    Forbidden,
+}
+
+impl Why {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::Found,
+        Self::Better,
+        Self::Dead,
+        Self::Flapping,
+        Self::Unreachable,
+        Self::Withdrawn,
+        Self::Forbidden,
+    ];
+
+    /// The word for it in metrics, logs and events.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Found => "found",
+            Self::Better => "better",
+            Self::Dead => "dead",
+            Self::Flapping => "flapping",
+            Self::Unreachable => "unreachable",
+            Self::Withdrawn => "withdrawn",
+            Self::Forbidden => "forbidden",
+        }
+    }
+}
+
 /// How our relay link stands, asked for by [`Effect::ProveRelay`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RelayStands {
@@ -138,6 +183,8 @@ pub enum Effect {
         from: Option<SocketAddr>,
         /// The one now.
         to: Option<SocketAddr>,
+        /// Why.
+        why: Why,
     },
     /// The receive map gains an address for this peer.
     Verified(SocketAddr),

@@ -2,6 +2,7 @@
 //! it at its end.
 
 use metrics::{Counter, counter};
+use warren_core::path::Why;
 use warren_observability::names;
 
 /// Why a packet was given up.
@@ -80,11 +81,51 @@ pub(crate) enum Way {
 
 const WAYS: [(Way, &str); 2] = [(Way::Relay, "derp"), (Way::Direct, "direct")];
 
+/// What a path probe is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Probe {
+    /// Asks whether anybody is there.
+    Ping,
+    /// Answers that.
+    Pong,
+    /// Says where somebody is.
+    CallMeMaybe,
+}
+
+const PROBES: [(Probe, &str); 3] =
+    [(Probe::Ping, "ping"), (Probe::Pong, "pong"), (Probe::CallMeMaybe, "call_me_maybe")];
+
+/// Handles of the counters of probes, one direction of them.
+pub(crate) struct Probes([[Counter; WAYS.len()]; PROBES.len()]);
+
+impl Probes {
+    fn new(direction: &'static str) -> Self {
+        Self(PROBES.map(|(_, kind)| {
+            WAYS.map(|(_, path)| {
+                counter!(names::DISCO_MESSAGES, "direction" => direction, "type" => kind, "path" => path)
+            })
+        }))
+    }
+
+    /// One more.
+    pub(crate) fn note(&self, probe: Probe, way: Way) {
+        let counter = self.0.get(probe as usize).and_then(|ways| ways.get(way as usize));
+        if let Some(counter) = counter {
+            counter.increment(1);
+        }
+    }
+}
+
 /// Handles of every counter.
 pub(crate) struct Counters {
     received: [Traffic; WAYS.len()],
     sent: [Traffic; WAYS.len()],
     drops: [Counter; DROPS.len()],
+    /// Probes of peers that opened.
+    pub(crate) probes_received: Probes,
+    /// Probes that a socket or a link took.
+    pub(crate) probes_sent: Probes,
+    changes: [Counter; Why::ALL.len()],
     /// Handshakes that made a session.
     pub(crate) handshakes_completed: Counter,
     /// Handshakes that were given up.
@@ -176,8 +217,18 @@ impl Counters {
             drops: DROPS.map(|(_, direction, reason)| {
                 counter!(names::DROPPED_PACKETS, "direction" => direction, "reason" => reason)
             }),
+            probes_received: Probes::new("receive"),
+            probes_sent: Probes::new("transmit"),
+            changes: Why::ALL.map(|why| counter!(names::DIRECT_PATH_CHANGES, "reason" => why.label())),
             handshakes_completed: counter!(names::WIREGUARD_HANDSHAKES, "result" => "completed"),
             handshakes_given_up: counter!(names::WIREGUARD_HANDSHAKES, "result" => "given_up"),
+        }
+    }
+
+    /// Another path is taken to a peer.
+    pub(crate) fn note_change(&self, why: Why) {
+        if let Some(counter) = self.changes.get(why as usize) {
+            counter.increment(1);
         }
     }
 
@@ -216,5 +267,7 @@ mod tests {
             amounts.by(*way).add(1);
             assert_eq!(amounts.0[index].packets, 1, "{way:?}");
         }
+        assert!(PROBES.iter().enumerate().all(|(index, (probe, _))| *probe as usize == index));
+        assert!(Why::ALL.iter().enumerate().all(|(index, why)| *why as usize == index));
     }
 }

@@ -14,7 +14,11 @@ use warren_proto::{
     key::{NodePublic, random},
 };
 
-use super::{Plane, TxId, peers::Peer};
+use super::{
+    Plane, TxId,
+    counters::{Probe, Way},
+    peers::Peer,
+};
 use crate::relay::link::Link;
 
 /// A sealed ping to a peer.
@@ -33,14 +37,16 @@ pub(super) fn handle_relayed(plane: &Plane, link: &Link, peer: &Peer, packet: &[
         return false;
     }
     let via = Via::Relay(link.region());
-    match disco::open(packet, peer.disco(&plane.disco)) {
+    match open(plane, peer, packet, Way::Relay) {
         Ok(Message::Ping { txid, .. }) => {
             if plane.feed(peer, |path| path.handle_ping(now, via, txid)) {
                 // A ping over a relay seems to come from there; the port is the region.
                 let source = SocketAddr::new(IpAddr::V4(RELAY_MAGIC), link.region().0);
                 let pong = seal(plane, peer, &Message::Pong { txid, source });
                 // A relay that takes nothing loses pongs like any packet; the peer asks again.
-                let _ = link.send(&peer.key, &pong);
+                if link.send(&peer.key, &pong).is_ok() {
+                    plane.counters.probes_sent.note(Probe::Pong, Way::Relay);
+                }
             }
         }
         Ok(Message::Pong { txid, source }) => {
@@ -63,7 +69,7 @@ pub(super) fn handle_direct(plane: &Plane, from: SocketAddr, packet: &[u8], now:
     let peers = disco::sender(packet).map(|sender| plane.peers.by_disco(&sender)).unwrap_or_default();
     // The box is the same for all of them.
     let Some(first) = peers.first() else { return false };
-    match disco::open(packet, first.disco(&plane.disco)) {
+    match open(plane, first, packet, Way::Direct) {
         Ok(Message::Ping { txid, node }) => answer(plane, &peers, from, txid, node, now),
         Ok(Message::Pong { txid, source }) => {
             for peer in &peers {
@@ -95,9 +101,22 @@ fn answer(
     if plane.feed(peer, |path| path.handle_ping(now, Via::Direct(from), txid)) {
         let pong = seal(plane, peer, &Message::Pong { txid, source: from });
         // What is lost is asked again.
-        let _ = plane.send_directly(from, &pong);
+        if plane.send_directly(from, &pong).is_ok() {
+            plane.counters.probes_sent.note(Probe::Pong, Way::Direct);
+        }
     }
     true
+}
+
+fn open(plane: &Plane, peer: &Peer, packet: &[u8], way: Way) -> Result<Message, DiscoError> {
+    let message = disco::open(packet, peer.disco(&plane.disco))?;
+    let probe = match &message {
+        Message::Ping { .. } => Probe::Ping,
+        Message::Pong { .. } => Probe::Pong,
+        Message::CallMeMaybe(_) => Probe::CallMeMaybe,
+    };
+    plane.counters.probes_received.note(probe, way);
+    Ok(message)
 }
 
 fn seal(plane: &Plane, peer: &Peer, message: &Message) -> Vec<u8> {

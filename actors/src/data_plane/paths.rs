@@ -11,7 +11,7 @@ use warren_proto::{disco::TxId, key::random};
 
 use super::{
     PathChange, PingUnsent, Plane, Pong,
-    counters::{Drop, Tally, Way},
+    counters::{Drop, Probe, Tally, Way},
     disco,
     peers::Peer,
 };
@@ -81,21 +81,28 @@ impl Plane {
             Effect::Ping { to, txid } => pinged.note(self.ping_directly(peer, to, txid)),
             Effect::RelayPing { txid } => {
                 let ping = disco::ping(self, peer, txid);
-                pinged.note(match self.edge(peer) {
+                let sent = match self.edge(peer) {
                     Some(link) => link.send(&peer.key, &ping).map_err(|_| PingUnsent::QueueFull),
                     None => Err(PingUnsent::NoLink),
-                });
+                };
+                if sent.is_ok() {
+                    self.counters.probes_sent.note(Probe::Ping, Way::Relay);
+                }
+                pinged.note(sent);
             }
             Effect::CallMeMaybe(endpoints) => {
                 let call = disco::call_me_maybe(self, peer, endpoints);
                 // One that finds no room is lost like any packet: the path says it again.
-                let _ = self.edge(peer).map(|link| link.send(&peer.key, &call));
+                if self.edge(peer).is_some_and(|link| link.send(&peer.key, &call).is_ok()) {
+                    self.counters.probes_sent.note(Probe::CallMeMaybe, Way::Relay);
+                }
             }
             Effect::RefreshEndpoints => self.events.endpoints_wanted(),
             Effect::ProveRelay => self.prove_relay(peer),
-            Effect::Changed { from, to } => {
-                tracing::debug!(peer = %peer.key, ?from, ?to, "the path to a peer changed");
-                self.events.path_changed(PathChange { peer: peer.key, from, to });
+            Effect::Changed { from, to, why } => {
+                tracing::debug!(peer = %peer.key, ?from, ?to, ?why, "the path to a peer changed");
+                self.counters.note_change(why);
+                self.events.path_changed(PathChange { peer: peer.key, from, to, why });
             }
             Effect::Verified(from) => self.peers.add_source(from, &peer.key),
             Effect::Forgotten(from) => self.peers.remove_source(&from, &peer.key),
@@ -105,6 +112,9 @@ impl Plane {
     fn ping_directly(&self, peer: &Peer, to: SocketAddr, txid: TxId) -> Result<(), PingUnsent> {
         self.peers.note_asked(to, &peer.key);
         let sent = self.send_directly(to, &disco::ping(self, peer, txid));
+        if sent.is_ok() {
+            self.counters.probes_sent.note(Probe::Ping, Way::Direct);
+        }
         if sent == Err(Unsent::Unreachable) {
             // What follows is fetched by who carries this out.
             peer.ways().path.handle_unreachable(Instant::now(), to);

@@ -692,6 +692,8 @@ async fn what_comes_from_an_unknown_source_is_dropped_and_counted() {
         r#"warren_receive_packets_total{path="direct"} 1"#,
         r#"warren_receive_bytes_total{path="direct"} 100"#,
         r#"warren_receive_packets_total{path="derp"} 0"#,
+        r#"warren_direct_path_changes_total{reason="found"} 1"#,
+        r#"warren_disco_messages_total{direction="transmit",type="ping",path="derp"} 0"#,
     ];
     let wait = async {
         loop {

@@ -6,7 +6,6 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use metrics::gauge;
 use tokio::task::JoinHandle;
 use warren_core::{
     netcheck::{
@@ -14,7 +13,6 @@ use warren_core::{
     },
     relay_map::RelayMap,
 };
-use warren_observability::names;
 use warren_proto::stun::TxId;
 
 use super::{
@@ -110,7 +108,6 @@ impl Survey {
                     self.publish(mappings, report);
                 }
                 Effect::Finished(report) => {
-                    gauge!(names::NETCHECK_UDP).set(if report.has_udp() { 1.0 } else { 0.0 });
                     let (mappings, told) = (report.mappings, Some((SystemTime::now(), report.clone())));
                     self.publish(mappings, told);
                     reports.push(report);

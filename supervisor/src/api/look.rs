@@ -15,20 +15,26 @@ use axum::{
 use futures::stream;
 use http::{StatusCode, header::CONTENT_TYPE};
 use serde_json::{Value, json};
+use uuid::Uuid;
 use warren_observability::{
     health::Health,
     page::{self, Page},
 };
 use warren_proto::{
-    link::{TunnelStatus, netcheck::Region, tree::Node},
+    link::{TunnelStatus, netcheck::Region, path_events::PathEvent, tree::Node},
     vpn::status::Lifecycle,
 };
 
 use super::{Shared, TUNNEL_LIMIT, answer::Refusal, ping::why_not};
-use crate::{facts::TunnelState, tree::NodeInfo};
+use crate::{
+    facts::{Peers, TunnelState},
+    tree::NodeInfo,
+};
 
 /// The type of a stream of JSON lines.
 pub(super) const NDJSON: &str = "application/x-ndjson";
+/// How often the tunnel is asked which paths changed, for as long as somebody follows.
+const PATHS_PERIOD: Duration = Duration::from_secs(1);
 
 /// Whether the service lives: that it answers says so.
 pub(super) async fn healthz(State(shared): State<Arc<Shared>>) -> Response {
@@ -163,14 +169,74 @@ fn said(text: &str) -> Option<&str> {
     Some(text).filter(|text| !text.is_empty())
 }
 
-/// Every change of the tunnel's state, as it happens.
+/// Every change of the tunnel's state as it happens, and of the paths to agents within a second.
 pub(super) async fn events(State(shared): State<Arc<Shared>>) -> Response {
     let view = shared.service.tunnel.view();
+    let paths = stream::unfold(Follower { shared, after: None }, async |mut follower| {
+        Some((Ok(follower.next().await), follower))
+    });
     let changes = stream::unfold(view, async |mut view| {
         let tunnel = view.changed().await?;
         Some((Ok::<_, Infallible>(line(&tunnel_json(&tunnel))), view))
     });
-    lines(changes)
+    lines(stream::select(changes, paths))
+}
+
+/// Who follows paths.
+struct Follower {
+    shared: Arc<Shared>,
+    /// The number of the last event that is known; `None` before it was asked.
+    after: Option<u64>,
+}
+
+impl Follower {
+    /// The next changes, one line each. What changes while there is no tunnel to ask is not known.
+    async fn next(&mut self) -> Bytes {
+        loop {
+            if self.after.is_some() {
+                tokio::time::sleep(PATHS_PERIOD).await;
+            }
+            let events = self.look().await;
+            let peers = self.shared.service.peers.get();
+            let text: String = events.iter().map(|event| format!("{}\n", path_json(&peers, event))).collect();
+            if !text.is_empty() {
+                return text.into();
+            }
+        }
+    }
+
+    /// What was told before anybody followed is past. Another tunnel counts anew.
+    async fn look(&mut self) -> Vec<PathEvent> {
+        let asked = self.after.unwrap_or(u64::MAX);
+        // One that is yet to come has told nothing.
+        self.after.get_or_insert(0);
+        let link = self.shared.service.link.get().as_ref().clone();
+        let Some(link) = link else { return Vec::new() };
+        let Ok(mut events) = link.path_events(asked, TUNNEL_LIMIT).await else { return Vec::new() };
+        if asked != u64::MAX && events.newest < asked {
+            events.events = link.path_events(0, TUNNEL_LIMIT).await.map(|it| it.events).unwrap_or_default();
+        }
+        self.after = Some(events.newest);
+        events.events
+    }
+}
+
+fn path_json(peers: &Peers, event: &PathEvent) -> Value {
+    let agent = peers.agents().find(|agent| agent.id == event.agent_id);
+    let workspace = agent.and_then(|agent| peers.workspace(&agent.workspace_id));
+    let at = event.at.and_then(|at| SystemTime::try_from(at).ok());
+    let at = at.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
+    json!({
+        "event": "path",
+        "at_unix_seconds": at.map(|at| at.as_secs_f64()),
+        "workspace": workspace.map(|workspace| &workspace.name),
+        "agent": agent.map(|agent| &agent.name),
+        "agent_id": Uuid::from_slice(&event.agent_id).ok().map(|id| id.to_string()),
+        "from": said(&event.from).unwrap_or("relay"),
+        "to": said(&event.to).unwrap_or("relay"),
+        "reason": event.reason,
+        "changes": event.changes,
+    })
 }
 
 /// A stream of JSON lines as an answer.

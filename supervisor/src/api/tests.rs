@@ -9,7 +9,7 @@ use uuid::Uuid;
 use warren_actors::runtime::Address;
 use warren_observability::exporter::{Exporter, Process};
 use warren_proto::{
-    link::{Netcheck, TunnelStatus, netcheck::Region},
+    link::{Netcheck, PathEvents, TunnelStatus, netcheck::Region, path_events::PathEvent},
     vpn,
 };
 
@@ -59,6 +59,22 @@ impl Answers for Double {
         };
         let netcheck = Some(netcheck);
         TunnelStatus { control: "up".into(), home_region: "Lab".into(), netcheck, ..Default::default() }
+    }
+
+    /// One change after what was told before anybody asked.
+    fn path_events(&self, after: u64) -> PathEvents {
+        let event = PathEvent {
+            agent_id: AGENT.as_bytes().to_vec().into(),
+            to: "192.0.2.1:41641".into(),
+            reason: "found".into(),
+            changes: 1,
+            ..Default::default()
+        };
+        match after {
+            u64::MAX => PathEvents { newest: 8, events: Vec::new() },
+            8 => PathEvents { newest: 9, events: vec![event] },
+            _ => PathEvents { newest: 9, events: Vec::new() },
+        }
     }
 
     fn ping(
@@ -429,6 +445,32 @@ async fn events_begin_with_the_present_and_tell_every_change() {
     bench.service.tunnel.claim().unwrap().set(started);
     let event = next().await;
     assert_eq!((&event["lifecycle"], &event["tunnel_pid"]), (&"started".into(), &42.into()));
+}
+
+#[tokio::test]
+async fn events_tell_by_which_way_an_agent_is_reached_from_now_on_and_why() {
+    let bench = Bench::with_tunnel().await;
+    let mut stream = UnixStream::connect(bench.folder.path().join("api.sock")).await.unwrap();
+    stream.write_all(b"GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    let mut lines = tokio::io::BufReader::new(stream).lines();
+    let told = async {
+        loop {
+            let line = lines.next_line().await.unwrap().unwrap();
+            if line.contains(r#""event":"path""#) {
+                return serde_json::from_str::<Value>(&line).unwrap();
+            }
+        }
+    };
+    let event = tokio::time::timeout(LIMIT, told).await.unwrap();
+    for (field, value) in [
+        ("workspace", "dev"),
+        ("agent", "main"),
+        ("from", "relay"),
+        ("to", "192.0.2.1:41641"),
+        ("reason", "found"),
+    ] {
+        assert_eq!(event[field], value, "{event}");
+    }
 }
 
 #[tokio::test]

@@ -17,8 +17,8 @@ use warren_observability::redact::one_line;
 use warren_proto::{
     correlator::Correlator,
     link::{
-        Fault, Frame, Netcheck, Ping, PingAgent, PingResult, Scrape, StatusRequest, TreeRequest,
-        TunnelStatus, frame::Body, tree::Node,
+        Fault, Frame, Netcheck, PathEvents, PathEventsRequest, Ping, PingAgent, PingResult, Scrape,
+        StatusRequest, TreeRequest, TunnelStatus, frame::Body, tree::Node,
     },
 };
 
@@ -34,6 +34,8 @@ const MAX_NODES: usize = 256;
 const MAX_RELAYS: usize = 64;
 /// Own addresses of the longest list that is taken over.
 const MAX_ENDPOINTS: usize = 64;
+/// Changes of paths that are taken over at a time.
+const MAX_EVENTS: usize = 256;
 /// What a tunnel can lack at most.
 const MAX_ABSENT: usize = 32;
 
@@ -97,6 +99,14 @@ impl LinkClient {
     pub async fn status(&self, limit: Duration) -> Result<TunnelStatus, LinkError> {
         match self.ask(Body::StatusRequest(StatusRequest {}), limit).await? {
             Body::TunnelStatus(status) => Ok(tame_status(status)),
+            _ => Err(LinkError::Unfitting),
+        }
+    }
+
+    /// Which paths changed after the event of this number.
+    pub async fn path_events(&self, after: u64, limit: Duration) -> Result<PathEvents, LinkError> {
+        match self.ask(Body::PathEventsRequest(PathEventsRequest { after }), limit).await? {
+            Body::PathEvents(events) => Ok(tame_events(events)),
             _ => Err(LinkError::Unfitting),
         }
     }
@@ -252,6 +262,16 @@ fn tame_status(mut status: TunnelStatus) -> TunnelStatus {
         absent: status.absent.into_iter().map(tame).collect(),
         ..status
     }
+}
+
+fn tame_events(mut events: PathEvents) -> PathEvents {
+    events.events.truncate(MAX_EVENTS);
+    for event in &mut events.events {
+        for text in [&mut event.from, &mut event.to, &mut event.reason] {
+            *text = tame(std::mem::take(text));
+        }
+    }
+    events
 }
 
 fn tame_netcheck(netcheck: &mut Netcheck) {

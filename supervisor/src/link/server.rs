@@ -9,7 +9,8 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 use warren_proto::link::{
-    Exposition, Fault, Frame, PingAgent, PingResult, Pong, Tree, TunnelStatus, frame::Body, tree::Node,
+    Exposition, Fault, Frame, PathEvents, PingAgent, PingResult, Pong, Tree, TunnelStatus, frame::Body,
+    tree::Node,
 };
 
 use super::{AgentPing, LinkError, MAX_FRAME, QUEUE, Reader, Writer};
@@ -32,6 +33,9 @@ pub trait Answers: Send + Sync + 'static {
 
     /// What leg A cannot say.
     fn status(&self) -> TunnelStatus;
+
+    /// Which paths changed after the event of this number.
+    fn path_events(&self, after: u64) -> PathEvents;
 
     /// Pings an agent once; the error is in words for a person.
     fn ping(
@@ -90,6 +94,9 @@ impl Server {
                 Some(Body::Scrape(_)) => Body::Exposition(Exposition { text: self.exposition() }),
                 Some(Body::TreeRequest(_)) => Body::Tree(tree(self.answers.tree())),
                 Some(Body::StatusRequest(_)) => Body::TunnelStatus(self.answers.status()),
+                Some(Body::PathEventsRequest(request)) => {
+                    Body::PathEvents(self.answers.path_events(request.after))
+                }
                 Some(Body::PingAgent(request)) => match self.ping(frame.id, request) {
                     Ok(ping) => {
                         running.push(ping);
@@ -107,7 +114,8 @@ impl Server {
                     | Body::Exposition(_)
                     | Body::Tree(_)
                     | Body::PingResult(_)
-                    | Body::TunnelStatus(_),
+                    | Body::TunnelStatus(_)
+                    | Body::PathEvents(_),
                 )
                 | None => {
                     // A newer service may ask what we do not know; it has deadlines.

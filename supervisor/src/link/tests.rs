@@ -9,7 +9,10 @@ use std::{
 
 use tokio::{io::AsyncReadExt, net::UnixStream};
 use uuid::Uuid;
-use warren_proto::link::{Exposition, Ping, Pong, Tree, TunnelStatus, tree::Node, tunnel_status::Relay};
+use warren_proto::link::{
+    Exposition, PathEvents, Ping, Pong, Tree, TunnelStatus, path_events::PathEvent, tree::Node,
+    tunnel_status::Relay,
+};
 
 use super::*;
 use crate::tree::{NodeInfo, NodeKind, Phase};
@@ -42,6 +45,11 @@ impl Answers for Oracle {
             last_reason: Some("panic: oh\u{1b}[2J".to_owned()),
             mailbox_depth: 3,
         }]
+    }
+
+    fn path_events(&self, after: u64) -> PathEvents {
+        let event = PathEvent { to: "192.0.2.1:1\u{1b}[2J".to_owned(), changes: 3, ..PathEvent::default() };
+        PathEvents { newest: after + 1, events: vec![event; 300] }
     }
 
     fn status(&self) -> TunnelStatus {
@@ -93,6 +101,8 @@ async fn every_question_has_its_answer() {
     assert_eq!(client.liveness(SOON).await, Ok(()));
     assert_eq!(client.scrape(SOON).await.as_deref(), Ok("up 1\n"));
     assert_eq!(client.status(SOON).await.unwrap().control, "up");
+    let paths = client.path_events(7, SOON).await.unwrap();
+    assert_eq!((paths.newest, paths.events.len(), paths.events[0].to.as_str()), (8, 256, "192.0.2.1:1 [2J"));
     let tree = client.tree(SOON).await.unwrap();
     assert_eq!((tree[0].name.as_str(), tree[0].restarts, tree[0].mailbox_depth), ("relay", 2, 3));
     assert_eq!(tree[0].since.unwrap().seconds, 9);

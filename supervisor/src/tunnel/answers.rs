@@ -1,7 +1,13 @@
 //! What this process tells its service over the private link. It only reads what the parts publish; a ping
 //! alone asks one of them.
 
-use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use uuid::Uuid;
 use warren_actors::{
@@ -9,9 +15,15 @@ use warren_actors::{
     pinger, registry,
     runtime::Cell,
 };
-use warren_core::{netcheck::Mappings, path::Direct};
-use warren_observability::{agents, exporter::Exporter, regions};
-use warren_proto::link::{Netcheck, TunnelStatus, netcheck::Region, tunnel_status::Relay};
+use warren_core::{
+    netcheck::{Mappings, Report},
+    path::Direct,
+    path_news,
+};
+use warren_observability::{agents, exporter::Exporter, netcheck as netcheck_series, regions};
+use warren_proto::link::{
+    Netcheck, PathEvents, TunnelStatus, netcheck::Region, path_events::PathEvent, tunnel_status::Relay,
+};
 
 use super::TunnelArgs;
 use crate::{
@@ -56,6 +68,7 @@ impl Answers for Own {
         let mut text = self.exporter.render();
         if let Some(net) = self.net.get().as_ref() {
             text.push_str(&region_metrics(net));
+            text.push_str(&netcheck_metrics(net));
             if self.agent_metrics {
                 text.push_str(&agent_metrics(net));
             }
@@ -69,6 +82,14 @@ impl Answers for Own {
 
     fn status(&self) -> TunnelStatus {
         self.net.get().as_ref().as_ref().map_or_else(idle, |net| status(net))
+    }
+
+    fn path_events(&self, after: u64) -> PathEvents {
+        let log = self.net.get().as_ref().as_ref().map(|net| net.paths.get());
+        log.map_or_else(PathEvents::default, |log| PathEvents {
+            newest: log.newest,
+            events: log.after(after).map(path_event).collect(),
+        })
     }
 
     fn ping(
@@ -106,6 +127,23 @@ fn region_metrics(net: &Net) -> String {
     }))
 }
 
+fn netcheck_metrics(net: &Net) -> String {
+    let seen = net.netcheck.get();
+    let report = seen.report.as_ref();
+    netcheck_series::render(&netcheck_series::Netcheck {
+        direct_allowed: *net.direct.get() == Direct::Allowed && net.data_plane.local_ports().is_some(),
+        at: report.map(|(at, _)| *at),
+        udp: report.and_then(|(_, report)| udp(report)),
+        varies: seen.mappings.varies_by_destination,
+    })
+}
+
+/// Whether UDP gets out and back; `None` where nobody could be asked.
+fn udp(report: &Report) -> Option<bool> {
+    let was_asked = report.can_send_v4.is_some() || report.can_send_v6.is_some();
+    (report.has_udp() || was_asked).then_some(report.has_udp())
+}
+
 fn agent_metrics(net: &Net) -> String {
     let (peers, map, stats) = (net.peers.get(), net.network_map.get(), net.data_plane.stats());
     agents::render(peers.agents.iter().map(|(id, agent)| {
@@ -136,6 +174,18 @@ impl Own {
     #[cfg(not(feature = "faults"))]
     fn force(&self, actor: &str, kind: &str) {
         tracing::warn!(actor, kind, "a fault was asked for, which this build cannot force");
+    }
+}
+
+fn path_event((at, event): &(SystemTime, path_news::PathEvent)) -> PathEvent {
+    let address = |address: Option<SocketAddr>| address.map(|it| it.to_string()).unwrap_or_default();
+    PathEvent {
+        at: Some((*at).into()),
+        agent_id: event.agent.as_bytes().to_vec().into(),
+        from: address(event.from),
+        to: address(event.to),
+        reason: event.why.label().to_owned(),
+        changes: event.changes,
     }
 }
 
@@ -179,14 +229,13 @@ fn netcheck(net: &Net) -> Option<Netcheck> {
         let [v4, v6] = [latency.v4, latency.v6].map(|it| it.and_then(|it| it.try_into().ok()));
         Region { name: region.name.clone(), v4, v6, home: Some(region.id) == home }
     };
-    let was_asked = report.can_send_v4.is_some() || report.can_send_v6.is_some();
     let Mappings { v4, v6, varies_by_destination } = seen.mappings;
     Some(Netcheck {
         at: Some((*at).into()),
         mapped_v4: v4.map(|it| it.to_string()).unwrap_or_default(),
         mapped_v6: v6.map(|it| it.to_string()).unwrap_or_default(),
         varies_by_destination,
-        udp: (report.has_udp() || was_asked).then_some(report.has_udp()),
+        udp: udp(report),
         direct_allowed: *net.direct.get() == Direct::Allowed,
         endpoints: net.endpoints.get().iter().map(ToString::to_string).collect(),
         regions: map.relay_regions().map(region).collect(),
@@ -203,6 +252,7 @@ fn absent(net: Option<&Net>) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use warren_actors::facts::Seen;
     use warren_core::relay_map::{Region, RegionId, RelayMap};
 
     use super::*;
@@ -260,6 +310,21 @@ mod tests {
         relay_map.set(map(&[8]));
         let text = region_metrics(&net);
         assert!(!text.contains("region=\"7\"") && text.contains("region=\"8\""), "{text}");
+        net.data_plane.stop().await;
+    }
+
+    #[tokio::test]
+    async fn what_netcheck_found_out_is_in_the_metrics_and_what_nobody_could_be_asked_is_not() {
+        let net = assemble(boot(1, NetworkOwner::Nobody), &means()).await.unwrap();
+        let looked = net.netcheck.claim().unwrap();
+        let mut report = Report::default();
+        looked.set(Seen { report: Some((SystemTime::now(), report.clone())), ..Seen::default() });
+        let text = netcheck_metrics(&net);
+        assert!(text.contains("warren_direct_allowed{process=\"tunnel\"} 1"), "{text}");
+        assert!(text.contains("warren_netcheck_last_timestamp_seconds") && !text.contains("_udp"), "{text}");
+        report.can_send_v4 = Some(true);
+        looked.set(Seen { report: Some((SystemTime::now(), report)), ..Seen::default() });
+        assert!(netcheck_metrics(&net).contains("warren_netcheck_udp{process=\"tunnel\"} 0"));
         net.data_plane.stop().await;
     }
 }

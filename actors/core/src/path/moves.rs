@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    Direct, Effect, Lost, Measured, Number, Path, Pending, Standing,
+    Direct, Effect, Lost, Measured, Number, Path, Pending, Standing, Why,
     address::Noted,
     better,
     calling::Telling,
@@ -40,7 +40,7 @@ impl Path {
                     if !taken.suspicion.is_calm() {
                         self.withdrawal.start(now);
                     }
-                    self.stand(Standing::Direct(Taken::new(now, measured)));
+                    self.stand(Standing::Direct(Taken::new(now, measured)), Why::Better);
                 }
             }
         }
@@ -48,7 +48,7 @@ impl Path {
 
     /// There is a direct path. Its other end is told, so that it need not wait for its next round to find it too.
     fn find(&mut self, now: Instant, measured: Measured) {
-        let before = self.stand(Standing::Direct(Taken::new(now, measured)));
+        let before = self.stand(Standing::Direct(Taken::new(now, measured)), Why::Found);
         if let Standing::Lost(_) = before {
             self.alarms.handle_answer(now);
             self.withdrawal.handle_answer();
@@ -65,18 +65,18 @@ impl Path {
         let (address, since) = (taken.address(), taken.suspicion.since().unwrap_or(now));
         self.rounds.postpone(now);
         if let Some(other) = self.best_other(address, now.saturating_duration_since(since).min(RECENT), now) {
-            self.stand(Standing::Direct(other));
+            self.stand(Standing::Direct(other), Why::Dead);
             return Ending::Return;
         }
         match self.alarms.raise(now) {
             Some(until) => {
                 self.candidates.calm();
                 self.calling.cancel();
-                self.stand(Standing::Barred { address, until });
+                self.stand(Standing::Barred { address, until }, Why::Flapping);
                 Ending::Stay
             }
             None => {
-                self.stand(Standing::Lost(Lost::new(now, address)));
+                self.stand(Standing::Lost(Lost::new(now, address)), Why::Dead);
                 Ending::Return
             }
         }
@@ -85,7 +85,8 @@ impl Path {
     /// The path taken cannot be reached: there is nothing to wait for.
     pub(super) fn leave_unreachable(&mut self, now: Instant, address: SocketAddr) {
         let other = self.best_other(address, RECENT, now);
-        self.stand(other.map_or_else(|| Standing::Lost(Lost::new(now, address)), Standing::Direct));
+        let standing = other.map_or_else(|| Standing::Lost(Lost::new(now, address)), Standing::Direct);
+        self.stand(standing, Why::Unreachable);
         self.withdrawal.start(now);
         self.rounds.hasten(now);
     }
@@ -111,7 +112,7 @@ impl Path {
     /// The path taken is left if its address is none of the peer's any more.
     pub(super) fn follow_candidates(&mut self, now: Instant) {
         if self.standing.address().is_some_and(|it| !self.candidates.contains(&it)) {
-            self.stand(Standing::Seeking);
+            self.stand(Standing::Seeking, Why::Withdrawn);
             self.withdrawal = Withdrawal::Idle;
             self.rounds.hasten(now);
         }
@@ -120,7 +121,7 @@ impl Path {
     /// Direct paths are forbidden. The peer is told, so that it does not go on with one.
     pub(super) fn block(&mut self, now: Instant) {
         self.policy = Direct::Blocked;
-        if self.stand(Standing::Seeking).taken().is_some() {
+        if self.stand(Standing::Seeking, Why::Forbidden).taken().is_some() {
             self.push(Effect::CallMeMaybe(Vec::new()));
         }
         self.withdrawal = Withdrawal::Idle;
@@ -140,11 +141,11 @@ impl Path {
     }
 
     /// Changes how the peer is reached, tells it, and returns how it was.
-    fn stand(&mut self, standing: Standing) -> Standing {
+    fn stand(&mut self, standing: Standing, why: Why) -> Standing {
         let before = std::mem::replace(&mut self.standing, standing);
         let (from, to) = (before.address(), self.standing.address());
         if from != to {
-            self.push(Effect::Changed { from, to });
+            self.push(Effect::Changed { from, to, why });
         }
         before
     }
@@ -154,7 +155,7 @@ impl Path {
         if let Standing::Barred { address, until } = self.standing
             && until <= now
         {
-            self.stand(Standing::Lost(Lost::at_once(now, address)));
+            self.standing = Standing::Lost(Lost::at_once(now, address));
             self.rounds.hasten(now);
         }
     }

@@ -388,7 +388,7 @@ fn a_path_that_cannot_be_reached_is_left_at_once() {
     bench.path.handle_unreachable(bench.now, peer(1));
     assert_eq!(bench.route(), (None, true));
     let effects = bench.taken();
-    assert_eq!(effects[0], Effect::Changed { from: Some(peer(1)), to: None });
+    assert_eq!(effects[0], Effect::Changed { from: Some(peer(1)), to: None, why: Why::Unreachable });
     assert!(effects.contains(&Effect::ProveRelay), "the peer shall leave it too");
     bench.path.handle_unreachable(bench.now, peer(1));
     bench.path.handle_unreachable(bench.now, peer(2));

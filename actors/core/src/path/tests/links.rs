@@ -94,7 +94,7 @@ fn where_direct_paths_are_blocked_all_is_relayed_and_nothing_is_answered_over_ud
     let mut bench = Bench::direct();
     bench.path.set_policy(bench.now, Direct::Blocked);
     let effects = bench.taken();
-    assert!(effects.contains(&Effect::Changed { from: Some(peer(1)), to: None }));
+    assert!(effects.contains(&Effect::Changed { from: Some(peer(1)), to: None, why: Why::Forbidden }));
     assert!(effects.contains(&Effect::CallMeMaybe(vec![])), "the peer is told at once");
     assert!(effects.contains(&Effect::Forgotten(peer(1))));
     bench.path.set_policy(bench.now, Direct::Blocked);

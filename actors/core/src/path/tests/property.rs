@@ -159,7 +159,7 @@ impl World {
                     }
                 }
                 Effect::RelayPing { .. } => assert!(self.is_ready),
-                Effect::Changed { from, to } if is_time => self.check_change(from, to),
+                Effect::Changed { from, to, .. } if is_time => self.check_change(from, to),
                 Effect::CallMeMaybe(list) => assert!(list.len() <= candidates::MAX_CANDIDATES),
                 Effect::Changed { .. } | Effect::RefreshEndpoints | Effect::ProveRelay => {}
                 Effect::Verified(_) | Effect::Forgotten(_) => {}

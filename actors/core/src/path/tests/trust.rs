@@ -10,7 +10,7 @@ fn the_first_answer_is_a_direct_path_and_ends_the_duplication() {
     assert_eq!(bench.route(), (Some(peer(1)), false));
     let best = bench.path.best().unwrap();
     assert_eq!((best.address, best.latency), (peer(1), LATENCY));
-    let changed = Effect::Changed { from: None, to: Some(peer(1)) };
+    let changed = Effect::Changed { from: None, to: Some(peer(1)), why: Why::Found };
     assert!(bench.taken().contains(&changed));
 }
 
