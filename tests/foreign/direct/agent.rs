@@ -65,8 +65,14 @@ impl ForeignAgent {
         Self { program, address, heard }
     }
 
-    pub(super) fn order(&mut self, order: &str) {
-        self.program.order(json!({"order": order}));
+    /// Loses its datagrams from now on: those `sent`, those `received`, or `both`.
+    pub(super) fn block_udp(&mut self, direction: &str) {
+        self.program.order(json!({"order": "block_udp", "text": direction}));
+    }
+
+    /// Loses none any more.
+    pub(super) fn allow_udp(&mut self) {
+        self.program.order(json!({"order": "allow_udp"}));
     }
 
     /// Where its stack sends back what it gets.
@@ -77,7 +83,7 @@ impl ForeignAgent {
 
     /// How many datagrams of WireGuard it has got.
     pub(super) fn wireguard_over_udp(&mut self) -> u64 {
-        self.order("count");
+        self.program.order(json!({"order": "count"}));
         self.program.event("counted")["wireguard"].as_u64().unwrap()
     }
 

@@ -188,9 +188,11 @@ func (a *workspaceAgent) obey(given order) error {
 	case "know":
 		return a.know(given)
 	case "block_udp":
-		a.udp.isShut.Store(true)
+		a.udp.isDeaf.Store(given.Text != "sent")
+		a.udp.isDumb.Store(given.Text != "received")
 	case "allow_udp":
-		a.udp.isShut.Store(false)
+		a.udp.isDeaf.Store(false)
+		a.udp.isDumb.Store(false)
 	case "count":
 		say(event{"event": "counted", "disco": a.udp.disco.Load(), "wireguard": a.udp.wireguard.Load()})
 	default:

@@ -11,10 +11,10 @@ import (
 	"tailscale.com/net/stun"
 )
 
-// A valve makes sockets that lose everything while it is shut, as a firewall that drops would. It says what comes
-// first from an address, and counts.
+// A valve makes sockets that lose everything in a direction while that is shut, as a firewall that drops would. It
+// says what comes first from an address, and counts.
 type valve struct {
-	isShut           atomic.Bool
+	isDeaf, isDumb   atomic.Bool
 	disco, wireguard atomic.Uint64
 
 	mutex sync.Mutex
@@ -40,7 +40,7 @@ func (s *valvedSocket) ReadFromUDPAddrPort(buffer []byte) (int, netip.AddrPort, 
 		if err != nil {
 			return length, from, err
 		}
-		if !s.valve.isShut.Load() {
+		if !s.valve.isDeaf.Load() {
 			s.valve.note(buffer[:length], from)
 			return length, from, nil
 		}
@@ -48,7 +48,7 @@ func (s *valvedSocket) ReadFromUDPAddrPort(buffer []byte) (int, netip.AddrPort, 
 }
 
 func (s *valvedSocket) WriteToUDPAddrPort(packet []byte, to netip.AddrPort) (int, error) {
-	if s.valve.isShut.Load() {
+	if s.valve.isDumb.Load() {
 		return len(packet), nil
 	}
 	return s.UDPConn.WriteToUDPAddrPort(packet, to)
