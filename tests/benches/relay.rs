@@ -119,7 +119,7 @@ impl Way {
 }
 
 fn transfers(plan: &Plan) {
-    let mut lab = LabProcess::start(&["--agents", "1"]);
+    let mut lab = LabProcess::start(&["--relay-only", "--agents", "1"]);
     lab.wait(|event| event["event"] == "fetch" && event["ok"] == true);
     let (service, tunnel) = lab.pids();
     let inner = u32::try_from(lab.ready["namespace_pid"].as_u64().unwrap()).unwrap();
@@ -152,7 +152,7 @@ fn transfers(plan: &Plan) {
 fn starts(plan: &Plan) {
     let mut first: Vec<f64> = Vec::new();
     for _ in 0..plan.starts {
-        let mut lab = LabProcess::start(&["--agents", "3"]);
+        let mut lab = LabProcess::start(&["--relay-only", "--agents", "3"]);
         first.push(lab.wait(is_ping)["since_start_seconds"].as_f64().unwrap() * 1e3);
         lab.end();
     }
@@ -166,7 +166,7 @@ fn starts(plan: &Plan) {
 
 fn idle(agents: u32, span: Duration) {
     let begun = Instant::now();
-    let mut lab = LabProcess::start(&["--agents", &agents.to_string()]);
+    let mut lab = LabProcess::start(&["--relay-only", "--agents", &agents.to_string()]);
     let (service, tunnel) = lab.pids();
     let (ready, mut missing) = (lab.ready.at, BTreeSet::from_iter(lab.agents()));
     let mut last = ready;

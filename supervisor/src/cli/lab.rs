@@ -10,6 +10,7 @@
 //! service has no device: status and pings, no pages.
 
 mod display;
+mod folder;
 mod inside;
 mod namespace;
 mod probe;
@@ -17,14 +18,13 @@ mod probe;
 use std::{
     io,
     net::{Ipv4Addr, SocketAddr, TcpListener},
-    os::{
-        fd::{AsRawFd, OwnedFd, RawFd},
-        unix::fs::PermissionsExt,
-    },
+    os::fd::{AsRawFd, OwnedFd, RawFd},
     path::PathBuf,
     time::Duration,
 };
 
+use folder::Folder;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::process::Command;
 use warren_lab::{Lab, LabOptions};
 
@@ -37,6 +37,7 @@ const EXAMPLES: &str = "\
 Examples:
   warren lab
   warren lab --agents 3 --duration 30s --json
+  warren lab --relay-only        as where no UDP gets through
   warren lab --serve --json      a deployment only, for any tunnel or service to connect to
 
 Every agent is pinged; pages and echoes are asked of the first 16.
@@ -64,6 +65,9 @@ pub(crate) struct Args {
     /// Control plane, relay and agents only, on the loopback of where this runs
     #[arg(long, conflicts_with_all = ["no_tun", "metrics_listen", "logs"])]
     serve: bool,
+    /// A deployment that allows no direct paths: all goes through its relay
+    #[arg(long)]
+    relay_only: bool,
     /// Where metrics and health are served, outside of the lab's network
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:0")]
     metrics_listen: SocketAddr,
@@ -100,10 +104,9 @@ async fn outside(args: Args) -> Outcome {
     let mut signals = Signals::listen()?;
     let listener = TcpListener::bind(args.metrics_listen)
         .map_err(|error| CliError::failed(format!("cannot listen at {}: {error}", args.metrics_listen)))?;
-    let only_ours = std::fs::Permissions::from_mode(0o700);
-    let folder = tempfile::Builder::new().prefix("warren-lab-").permissions(only_ours).tempdir()?;
+    let folder = Folder::new()?;
     let outcome = match device_problem(args.no_tun) {
-        None => match spawn(&args, folder.path().into(), &listener, Isolation::Namespaces) {
+        None => match spawn(&args, &folder, &listener, Isolation::Namespaces) {
             Ok(child) => supervise(child, &mut signals).await,
             Err(error) => {
                 eprintln!(
@@ -141,14 +144,14 @@ fn device_problem(no_tun: bool) -> Option<String> {
 
 async fn without_device(
     args: &Args,
-    folder: &tempfile::TempDir,
+    folder: &Folder,
     listener: &TcpListener,
     signals: &mut Signals,
 ) -> Outcome {
     eprintln!(
         "warren lab: going on without a device: status and pings are real, pages and echoes are left out."
     );
-    let child = spawn(args, folder.path().into(), listener, Isolation::None)?;
+    let child = spawn(args, folder, listener, Isolation::None)?;
     supervise(child, signals).await
 }
 
@@ -159,19 +162,20 @@ enum Isolation {
 
 fn spawn(
     args: &Args,
-    folder: PathBuf,
+    folder: &Folder,
     listener: &TcpListener,
     isolation: Isolation,
 ) -> io::Result<tokio::process::Child> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.arg("lab").arg("--inside").arg(folder);
+    command.arg("lab").arg("--inside").arg(folder.path());
     command.args(["--agents", &args.agents.to_string()]);
     command.args(["--metrics-fd", &listener.as_raw_fd().to_string()]);
     if let Some(duration) = args.duration {
         command.args(["--duration", &duration.to_string()]);
     }
     command.args(args.json.then_some("--json")).args(args.logs.then_some("--logs"));
-    let inherited = vec![listener.as_raw_fd()];
+    command.args(args.relay_only.then_some("--relay-only"));
+    let inherited = vec![listener.as_raw_fd(), folder.lock()];
     match isolation {
         Isolation::Namespaces => namespace::isolate(&mut command, inherited)?,
         Isolation::None => {
@@ -210,8 +214,7 @@ async fn supervise(mut child: tokio::process::Child, signals: &mut Signals) -> O
 /// Control plane, relay and agents only.
 async fn serve(args: Args) -> Outcome {
     let mut signals = Signals::listen()?;
-    let options = LabOptions { agents: args.agents as usize, ..LabOptions::default() };
-    let lab = Lab::start(options).await.map_err(CliError::failed)?;
+    let lab = Lab::start(options(&args)).await.map_err(CliError::failed)?;
     display::serving(&lab, args.json)?;
     tokio::select! {
         () = signals.received() => {}
@@ -219,6 +222,19 @@ async fn serve(args: Args) -> Outcome {
     }
     lab.stop().await;
     Ok(Exit::Ok)
+}
+
+/// The deployment as asked for. Agents that are reached directly have a socket each, all in this process.
+fn options(args: &Args) -> LabOptions {
+    let limits = getrlimit(Resource::Nofile);
+    // Agents that get no socket are relayed.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limits.maximum, ..limits });
+    LabOptions {
+        agents: args.agents as usize,
+        direct: !args.relay_only,
+        disable_direct: args.relay_only,
+        ..LabOptions::default()
+    }
 }
 
 /// Waits for the end of `duration`, for ever if there is none.

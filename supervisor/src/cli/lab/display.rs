@@ -115,7 +115,7 @@ impl Display {
         } else {
             writeln!(
                 out,
-                "The lab is up: {} agent(s) behind a relay, all on this machine.\n",
+                "The lab is up: {} agent(s) and a relay, all on this machine.\n",
                 lab.agents().len()
             )?;
             writeln!(out, "  metrics  {}", ready.metrics_url)?;

@@ -15,11 +15,11 @@ use tokio::{
     sync::mpsc,
     time::{Instant, sleep, timeout},
 };
-use warren_lab::{Lab, LabOptions};
+use warren_lab::Lab;
 use warren_proto::vpn;
 use warren_supervisor::sockets;
 
-use super::{Args, Signals, display, display::Display, elapsed, metrics_url, namespace, probe};
+use super::{Args, Signals, display, display::Display, elapsed, metrics_url, namespace, options, probe};
 use crate::cli::{
     Reach, VERSION,
     api::Api,
@@ -51,8 +51,7 @@ pub(crate) async fn run(args: Args) -> Outcome {
     if !args.no_tun {
         loopback_up().await?;
     }
-    let options = LabOptions { agents: args.agents as usize, ..LabOptions::default() };
-    let lab = Lab::start(options).await.map_err(CliError::failed)?;
+    let lab = Lab::start(options(&args)).await.map_err(CliError::failed)?;
     let mut service = Service::spawn(&args, &folder, &listener)?;
     let metrics = metrics_url(&listener)?;
     drop(listener);
