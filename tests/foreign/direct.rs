@@ -54,7 +54,8 @@ fn their_agent_and_our_tunnel_are_direct_at_once_and_both_say_so() {
     assert!(took < FOUND, "{took:?}");
     within(TAKEN, "ours is direct", || scene.ping().contains("path=direct"));
     within(LIMIT, "status says so", || scene.service.status()["agents"][0]["p2p"] == true);
-    assert!(scene.agent.wireguard_over_udp() > 0);
+    // A keepalive is enough, and comes every 25 s.
+    within(LIMIT, "what our tunnel has to say comes by UDP", || scene.agent.wireguard_over_udp() > 0);
 }
 
 #[test]
