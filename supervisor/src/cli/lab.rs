@@ -24,7 +24,6 @@ use std::{
 };
 
 use folder::Folder;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::process::Command;
 use warren_lab::{Lab, LabOptions};
 
@@ -42,6 +41,9 @@ Examples:
 
 Every agent is pinged; pages and echoes are asked of the first 16.
 Exit status with --duration: 0 if every agent was pinged, else 6.";
+
+/// Agents that are reached directly: each has a socket, all in one process, and every path costs both ends probes.
+const MAX_DIRECT: u32 = 256;
 
 /// How long everything may take to end before it is killed.
 const END_LIMIT: Duration = Duration::from_secs(15);
@@ -65,7 +67,7 @@ pub(crate) struct Args {
     /// Control plane, relay and agents only, on the loopback of where this runs
     #[arg(long, conflicts_with_all = ["no_tun", "metrics_listen", "logs"])]
     serve: bool,
-    /// A deployment that allows no direct paths: all goes through its relay
+    /// A deployment that allows no direct paths: all goes through its relay, as for more than 256 agents
     #[arg(long)]
     relay_only: bool,
     /// Where metrics and health are served, outside of the lab's network
@@ -224,14 +226,11 @@ async fn serve(args: Args) -> Outcome {
     Ok(Exit::Ok)
 }
 
-/// The deployment as asked for. Agents that are reached directly have a socket each, all in this process.
+/// The deployment as asked for.
 fn options(args: &Args) -> LabOptions {
-    let limits = getrlimit(Resource::Nofile);
-    // Agents that get no socket are relayed.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limits.maximum, ..limits });
     LabOptions {
         agents: args.agents as usize,
-        direct: !args.relay_only,
+        direct: !args.relay_only && args.agents <= MAX_DIRECT,
         disable_direct: args.relay_only,
         ..LabOptions::default()
     }
