@@ -133,7 +133,7 @@ impl State {
     /// Tells of the paths that changed several times, and of how many were not logged.
     fn tell_held_news(&mut self) {
         if let Some(more) = self.lines.checked_sub(MAX_LINES).filter(|more| *more > 0) {
-            tracing::info!(agents = more, "more agents are reached by another way than before");
+            tracing::debug!(agents = more, "more agents are reached by another way than before");
         }
         self.lines = 0;
         let due = self.news.handle_timeout(std::time::Instant::now());
@@ -162,17 +162,17 @@ impl State {
         let agent = agent.map_or_else(|| id.to_string(), |name| name.trim_end_matches('.').to_owned());
         let reason = why.label();
         match (from, to) {
-            (None, Some(to)) => tracing::info!(agent, %to, reason, changes, "an agent is reached directly"),
+            (None, Some(to)) => tracing::debug!(agent, %to, reason, changes, "an agent is reached directly"),
             (Some(from), Some(to)) if from == to => {
-                tracing::info!(agent, %to, reason, changes, "an agent is reached by the same direct path again");
+                tracing::debug!(agent, %to, reason, changes, "an agent is reached by the same direct path again");
             }
             (Some(from), Some(to)) => {
-                tracing::info!(agent, %from, %to, reason, changes, "an agent is reached by another direct path");
+                tracing::debug!(agent, %from, %to, reason, changes, "an agent is reached by another direct path");
             }
             (Some(from), None) => {
-                tracing::info!(agent, %from, reason, changes, "an agent is reached by relay again");
+                tracing::debug!(agent, %from, reason, changes, "an agent is reached by relay again");
             }
-            (None, None) => tracing::info!(agent, reason, changes, "a direct path to an agent did not last"),
+            (None, None) => tracing::debug!(agent, reason, changes, "a direct path to an agent did not last"),
         }
     }
 }
