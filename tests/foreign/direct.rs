@@ -220,7 +220,7 @@ impl Scene {
         let (url, token) = deployment.access();
         service.pretend_login(&url, &token);
         let up = service.warren(&["up", "--wait"]);
-        assert!(up.status.success(), "{}{}", stderr(&up), service.log());
+        assert!(up.status.success(), "{}{}{:#?}", stderr(&up), service.log(), agent.said());
         Self { agent, service, deployment }
     }
 

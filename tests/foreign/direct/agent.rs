@@ -48,7 +48,7 @@ impl ForeignAgent {
     pub(super) fn start(deployment: &Deployment) -> Self {
         let id = deployment.lab.agents()[0].id;
         let address = coder_address(&id);
-        let (seat, responses) = deployment.lab.seat(id);
+        let (seat, responses) = deployment.runtime.block_on(deployment.lab.seat(id));
         let (url, token) = deployment.access();
         let own = ["--url", &url, "--token", &token, "--address", &address.to_string()];
         let heard = Arc::new(Mutex::new(Vec::new()));
@@ -79,6 +79,11 @@ impl ForeignAgent {
     pub(super) fn echoes_at(&self) -> SocketAddr {
         let port = self.program.ready["port"].as_u64().unwrap();
         (self.address, u16::try_from(port).unwrap()).into()
+    }
+
+    /// Everything it has said.
+    pub(super) fn said(&self) -> Vec<Value> {
+        self.heard.lock().unwrap().iter().map(|(_, event)| event.clone()).collect()
     }
 
     /// How many datagrams of WireGuard it has got.

@@ -397,8 +397,11 @@ impl Lab {
     }
 
     /// Ends an agent and gives its place at the coordinator to somebody else, until [`Lab::start_agent`], with what
-    /// the coordinator says there.
-    pub fn seat(&self, id: Uuid) -> (Seat, mpsc::Receiver<CoordinateResponse>) {
+    /// the coordinator says there. One that is about to take its place gets it first, or it would after this.
+    pub async fn seat(&self, id: Uuid) -> (Seat, mpsc::Receiver<CoordinateResponse>) {
+        while self.agent_key(id).is_some() && self.control.node(id).is_none() {
+            tokio::time::sleep(LOOK).await;
+        }
         self.stop_agent(id, End::Crash);
         Seat::take(id, &self.control.0.coordinator)
     }
