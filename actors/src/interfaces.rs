@@ -41,6 +41,8 @@ use warren_core::{
     network::{Interface, Network, Uplink},
 };
 
+use crate::watched::watched;
+
 /// What is told of: links, addresses and routes.
 const GROUPS: u32 = (libc::RTMGRP_LINK
     | libc::RTMGRP_IPV4_IFADDR
@@ -114,9 +116,7 @@ impl Watcher {
         let socket =
             socket_with(SocketFamily::NETLINK, SocketType::RAW, flags, None).map_err(io::Error::from)?;
         bind(&socket, &SocketAddrNetlink::new(0, GROUPS)).map_err(io::Error::from)?;
-        // SAFETY: the descriptor is owned by the value it is watched in, which never replaces or closes it before.
-        let notices = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) };
-        let notices = notices.map_err(io::Error::from)?;
+        let notices = watched(socket, Interest::READABLE)?;
         Ok(Self { notices, is_stale: true, known: None })
     }
 

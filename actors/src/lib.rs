@@ -16,5 +16,6 @@ pub mod runtime;
 pub mod session;
 pub mod speaker;
 pub mod udp;
+pub mod watched;
 mod websocket;
 pub mod wireguard;

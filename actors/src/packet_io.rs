@@ -133,8 +133,8 @@ impl PacketIo {
         }
         state.whereabouts.set_ports(self.ports());
         self.tell_whereabouts(state);
-        // What the old sockets may have begun to find out is worth nothing. Without room it is being looked at.
-        let _ = self.net.relay.try_send(relay::Message::NetworkChanged);
+        // Without room it is being looked at.
+        let _ = self.net.relay.try_send(relay::Message::SocketsBound);
     }
 
     /// Takes how the world sees our sockets, if it is these that were looked at.

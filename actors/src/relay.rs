@@ -96,6 +96,8 @@ pub enum Message {
     Tick,
     /// The network may have changed: asks every link whether it is alive, and measures anew.
     NetworkChanged,
+    /// The sockets were bound anew: what was found out of those before is worth nothing.
+    SocketsBound,
 }
 
 /// The part.
@@ -174,6 +176,7 @@ impl Part for RelayPart {
                 self.net.data_plane.probe_links();
                 state.survey.trigger(Trigger::NetworkChanged);
             }
+            Message::SocketsBound => state.survey.trigger(Trigger::NetworkChanged),
         }
         self.survey(context, state);
         Ok(())

@@ -18,6 +18,8 @@ use rustix::time::{
 use tokio::io::{Interest, unix::AsyncFd};
 use warren_core::wakes::LEAST_SLEEP;
 
+use crate::watched::watched;
+
 /// How often it is looked, where the kernel does not tell.
 const INTERVAL: Duration = Duration::from_secs(2);
 
@@ -31,7 +33,7 @@ pub struct Watcher {
 impl Watcher {
     /// Whatever was before is past.
     pub fn new() -> Self {
-        let clock = clock_notices().and_then(watched);
+        let clock = clock_notices().and_then(|timer| watched(timer, Interest::READABLE));
         let clock =
             clock.inspect_err(|error| tracing::debug!(%error, "a set clock is not told by the kernel"));
         Self { sleep: Sleep { slept: slept() }, clock: clock.ok() }
@@ -116,11 +118,6 @@ fn clock_notices() -> io::Result<OwnedFd> {
     Ok(timer)
 }
 
-fn watched(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: the descriptor is owned by the value it is watched in, which never replaces or closes it before.
-    Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
@@ -189,6 +186,12 @@ mod tests {
     fn told_by_us() -> (Watcher, OwnedFd) {
         let theirs = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
         let ours = theirs.try_clone().unwrap();
-        (Watcher { sleep: Sleep { slept: Duration::ZERO }, clock: Some(watched(theirs).unwrap()) }, ours)
+        (
+            Watcher {
+                sleep: Sleep { slept: Duration::ZERO },
+                clock: Some(watched(theirs, Interest::READABLE).unwrap()),
+            },
+            ours,
+        )
     }
 }

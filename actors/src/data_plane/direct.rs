@@ -3,10 +3,7 @@
 use std::{
     io,
     net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -44,21 +41,20 @@ pub enum RebindError {
 /// The tasks that read the sockets; who holds the lock may replace them.
 #[derive(Debug, Default)]
 pub(super) struct Readers {
-    has_sockets: AtomicBool,
+    /// Who makes sockets; once there were any.
+    maker: OnceLock<Arc<dyn MakeSockets>>,
     reading: Mutex<Reading>,
 }
 
 impl Readers {
     /// Whether there are sockets, perhaps about to be bound anew.
     pub(super) fn has_sockets(&self) -> bool {
-        self.has_sockets.load(Ordering::Relaxed)
+        self.maker.get().is_some()
     }
 }
 
 #[derive(Debug, Default)]
 struct Reading {
-    /// Who makes sockets; once there were any.
-    maker: Option<Arc<dyn MakeSockets>>,
     /// The port that was bound last.
     port: u16,
     stop: CancellationToken,
@@ -89,7 +85,7 @@ impl Kind {
 impl Plane {
     /// Reads from these sockets, and sends through them, from now on.
     pub(super) fn use_sockets(self: &Arc<Self>, sockets: Sockets) {
-        self.readers.has_sockets.store(true, Ordering::Relaxed);
+        let _ = self.readers.maker.set(sockets.maker());
         // Nobody holds the lock before the data plane is handed out.
         if let Ok(mut reading) = self.readers.reading.try_lock() {
             self.start_readers(&mut reading, sockets);
@@ -98,7 +94,7 @@ impl Plane {
 
     fn start_readers(self: &Arc<Self>, reading: &mut Reading, sockets: Sockets) {
         let sockets = Arc::new(sockets);
-        (reading.port, reading.maker) = (sockets.ports().v4, Some(sockets.maker()));
+        reading.port = sockets.ports().v4;
         reading.stop = self.stop.child_token();
         reading.tasks = sockets.all().map(|socket| self.start_reader(&reading.stop, socket)).collect();
         self.udp.store(Some(sockets));
@@ -116,9 +112,9 @@ impl Plane {
     /// Closes the sockets and binds new ones, at the same port if nobody else took it meanwhile.
     pub(super) async fn rebind(self: &Arc<Self>) -> Result<LocalPorts, RebindError> {
         let mut reading = self.readers.reading.lock().await;
-        let maker = reading.maker.clone().ok_or(RebindError::NoSockets)?;
+        let maker = self.readers.maker.get().ok_or(RebindError::NoSockets)?;
         self.close(&mut reading).await;
-        let sockets = Sockets::register(maker.make(reading.port).await?)?;
+        let sockets = Sockets::register(Arc::clone(maker).make(reading.port).await?)?;
         let ports = sockets.ports();
         self.start_readers(&mut reading, sockets);
         // Nothing is awaited in between: a peer that does not know where we are now hears a ping before data.

@@ -11,6 +11,8 @@ use std::{
 use rustix::{fs::OFlags, io::FdFlags};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf, unix::AsyncFd};
 
+use crate::watched::watched;
+
 /// Why two numbers do not make a connection (texts of vpn-protocol 1.2).
 #[derive(Debug, thiserror::Error)]
 pub enum DescriptorError {
@@ -119,10 +121,7 @@ fn register(side: Side, descriptor: OwnedFd) -> Result<AsyncFd<OwnedFd>, Descrip
         Side::Read => Interest::READABLE,
         Side::Write => Interest::WRITABLE,
     };
-    let registered = set_nonblocking(descriptor.as_fd()).and_then(|()| {
-        // SAFETY: an `OwnedFd` keeps its number, and keeps it open, until it is dropped.
-        unsafe { AsyncFd::register_with_interest(descriptor, interest) }.map_err(io::Error::from)
-    });
+    let registered = set_nonblocking(descriptor.as_fd()).and_then(|()| watched(descriptor, interest));
     registered.map_err(|error| DescriptorError::Unsuitable { side, number, error })
 }
 

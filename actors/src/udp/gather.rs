@@ -14,6 +14,8 @@ use rustix::time::{
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
+use crate::watched::watched;
+
 /// How long is waited. What comes meanwhile waits in the receive buffer.
 const PAUSE: Duration = Duration::from_micros(100);
 /// Over which single datagrams are counted.
@@ -41,8 +43,7 @@ impl Gather {
     pub(crate) fn new() -> io::Result<Self> {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
-        // SAFETY: the timer is owned by the `AsyncFd`, and nobody closes or replaces it before that is dropped.
-        let timer = unsafe { AsyncFd::register_with_interest(timer, Interest::READABLE) }?;
+        let timer = watched(timer, Interest::READABLE)?;
         Ok(Self { timer, rate: Rate { begun: Instant::now(), singles: 0, is_fast: false } })
     }
 

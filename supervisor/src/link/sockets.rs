@@ -26,7 +26,10 @@ use tokio::{
     sync::Mutex,
     time::timeout,
 };
-use warren_actors::udp::{MakeSockets, SocketsFuture, UdpError, UdpSockets};
+use warren_actors::{
+    udp::{MakeSockets, SocketsFuture, UdpError, UdpSockets},
+    watched::watched,
+};
 use warren_proto::link::{SocketsReply, SocketsRequest};
 
 /// Bytes of the largest packet.
@@ -56,8 +59,7 @@ impl SocketChannel {
     /// The end that was handed over.
     pub fn new(descriptor: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&descriptor, true)?;
-        // SAFETY: owned by the `AsyncFd`, and nobody closes or replaces it before that is dropped.
-        Ok(Self(unsafe { AsyncFd::register_with_interest(descriptor, INTEREST) }?))
+        Ok(Self(watched(descriptor, Interest::READABLE | Interest::WRITABLE)?))
     }
 
     async fn send(&self, packet: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
@@ -69,8 +71,6 @@ impl SocketChannel {
         self.0.async_io(Interest::READABLE, |channel| receive(channel.as_fd())).await
     }
 }
-
-const INTEREST: Interest = Interest::READABLE.add(Interest::WRITABLE);
 
 fn send(channel: BorrowedFd<'_>, packet: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FAMILIES))];

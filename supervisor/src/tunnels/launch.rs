@@ -188,8 +188,10 @@ where
     }
 
     async fn greet(&self, process: Process, pipes: Pipes) -> Result<(Greeted, CellWriter<Peers>), Failure> {
-        // Ends with the process.
-        pipes.sockets.map(|channel| tokio::spawn(serve_sockets(channel)));
+        if let Some(channel) = pipes.sockets {
+            // Ends with the process.
+            tokio::spawn(serve_sockets(channel));
+        }
         let peers = claim_peers(&self.service).await?;
         let (from, to) = (pipes.from_child, pipes.to_child);
         let connected = Speaker::connect(from, to, Role::Manager, Role::Tunnel, HANDSHAKE_LIMIT).await;

@@ -52,8 +52,7 @@ impl Path {
         if let Standing::Lost(_) = before {
             self.alarms.handle_answer(now);
             self.withdrawal.handle_answer();
-            let present = self.calling.present(now);
-            self.push(Effect::CallMeMaybe(present));
+            self.call_with_present(now);
         } else if !self.candidates.pinged_us_within(now, SPACING) {
             self.wish_to_call(now);
         }
@@ -204,6 +203,12 @@ impl Path {
     pub(super) fn wish_to_call(&mut self, now: Instant) {
         let telling = self.calling.wish(now);
         self.tell(telling);
+    }
+
+    /// Tells the peer where we are, at once.
+    pub(super) fn call_with_present(&mut self, now: Instant) {
+        let present = self.calling.present(now);
+        self.push(Effect::CallMeMaybe(present));
     }
 
     pub(super) fn tell(&mut self, telling: Option<Telling>) {

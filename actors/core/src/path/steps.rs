@@ -111,10 +111,7 @@ impl Path {
                 self.push(Effect::CallMeMaybe(all));
             }
             Some(Say::None) => self.push(Effect::CallMeMaybe(Vec::new())),
-            Some(Say::Present) => {
-                let present = self.calling.present(now);
-                self.push(Effect::CallMeMaybe(present));
-            }
+            Some(Say::Present) => self.call_with_present(now),
         }
     }
 
