@@ -19,6 +19,8 @@ pub(super) const MAX_CANDIDATES: usize = 100;
 const PINGED_KEEPS: Duration = Duration::from_secs(45);
 /// Between two pings to one address, where nothing hurries.
 pub(super) const SPACING: Duration = Duration::from_secs(5);
+/// An address that was pinged out of turn meanwhile is left out of a round if that was later.
+const LEAST_SPACING: Duration = Duration::from_secs(4);
 /// Between two hurried pings to an address at which the peer is.
 const HURRIED_SPACING: Duration = Duration::from_millis(100);
 /// The same where the peer never was: it names what it likes, and we shall not be its tool for floods.
@@ -178,7 +180,8 @@ impl Candidates {
 
     /// Those that a round pings.
     pub(super) fn spaced(&self, now: Instant) -> Vec<SocketAddr> {
-        let is_due = |it: &Candidate| it.pinged.is_none_or(|at| now.saturating_duration_since(at) >= SPACING);
+        let is_due =
+            |it: &Candidate| it.pinged.is_none_or(|at| now.saturating_duration_since(at) >= LEAST_SPACING);
         self.known.iter().filter(|(_, it)| is_due(it)).map(|(address, _)| *address).collect()
     }
 

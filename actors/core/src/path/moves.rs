@@ -49,6 +49,7 @@ impl Path {
     /// There is a direct path. Its other end is told, so that it need not wait for its next round to find it too.
     fn find(&mut self, now: Instant, measured: Measured) {
         let before = self.stand(Standing::Direct(Taken::new(now, measured)), Why::Found);
+        self.candidates.calm();
         if let Standing::Lost(_) = before {
             self.alarms.handle_answer(now);
             self.withdrawal.handle_answer();

@@ -33,10 +33,11 @@ impl Rounds {
         self.due
     }
 
-    /// A round begins.
-    pub(super) fn begin(&mut self, now: Instant) {
-        self.last = Some(now);
-        self.due = Some(now + self.pauses.next(0.0));
+    /// A round begins. Returns whether it is the first since something was new.
+    pub(super) fn begin(&mut self, now: Instant) -> bool {
+        let pause = self.pauses.next(0.0);
+        (self.last, self.due) = (Some(now), Some(now + pause));
+        pause == SPACING
     }
 
     /// Something is new, or a path was lost: the next round is due at once, and others soon.

@@ -160,7 +160,8 @@ impl Path {
         }
     }
 
-    /// Pings whoever was not pinged just now, and then has the peer do so: our pings open our NAT for its.
+    /// Pings whoever was not pinged just now, and then has the peer do so: our pings open our NAT for its. Its pings
+    /// open its own, where ours before them were stopped: once for each news they are repeated.
     pub(super) fn begin_round(&mut self, now: Instant, user: Option<TxId>) {
         if !self.may_probe() {
             return;
@@ -168,9 +169,12 @@ impl Path {
         let keep = self.answering(now);
         self.candidates.forget_expired(now, keep);
         self.follow_candidates(now);
-        self.rounds.begin(now);
+        let is_first = self.rounds.begin(now);
         for address in self.candidates.spaced(now) {
             self.ping(now, &address, Number::Any(user));
+        }
+        if is_first && !self.standing.is_trusted(now) {
+            self.candidates.hurry_all();
         }
         self.wish_to_call(now);
     }

@@ -104,9 +104,25 @@ fn a_peer_without_a_direct_path_is_probed_ever_more_rarely_while_it_is_talked_to
     let mut bench = Bench::ready(&[peer(1)]);
     bench.shout(200 * S);
     let effects = bench.take();
-    assert_eq!(pings_at(&effects), [0, 5_000, 15_000, 35_000, 75_000, 135_000, 195_000]);
+    assert_eq!(pings_at(&effects), [0, 1_000, 5_000, 15_000, 35_000, 75_000, 135_000, 195_000]);
     // Our endpoints were collected at the start: they are asked for again, and waited for.
     assert_eq!(calls(&effects).len(), 7);
+}
+
+/// Ours before our call may have been stopped by the peer's NAT, which its own pings open: it makes them when it is
+/// called. Where ours maps every destination to another port, nothing else opens it.
+#[test]
+fn pings_that_were_not_answered_are_repeated_once_a_second_after_the_peer_was_called() {
+    let mut bench = Bench::ready(&[peer(1), peer(2)]);
+    bench.take();
+    bench.pass(4 * S);
+    let effects = bench.take();
+    assert_eq!(pings_at(&effects), [1_000, 1_000]);
+    let mut bench = Bench::ready(&[peer(1), peer(2)]);
+    bench.answer(peer(1));
+    bench.take();
+    bench.pass(4 * S);
+    assert_eq!(pinged(&bench.taken()), [], "one of them answered");
 }
 
 #[test]
@@ -115,7 +131,7 @@ fn a_peer_that_is_not_talked_to_is_not_probed() {
     bench.route();
     bench.take();
     bench.pass(40 * S);
-    assert_eq!(pings_at(&bench.take()).len(), 3, "a packet is talk for 45 s");
+    assert_eq!(pings_at(&bench.take()), [1_000, 5_000, 15_000, 35_000], "a packet is talk for 45 s");
     bench.pass(1000 * S);
     assert_eq!(bench.take(), [], "later it is not");
     assert_eq!(bench.path.poll_timeout(), None);
@@ -197,6 +213,7 @@ fn a_users_ping_goes_over_the_relay_and_to_candidates_as_far_as_they_were_not_tr
     bench.path.user_ping(bench.now, number(7));
     assert_eq!(bench.taken(), [Effect::RelayPing { txid: number(7) }]);
     bench.pass(10 * S);
+    bench.take();
     bench.path.user_ping(bench.now, number(8));
     let effects = bench.taken();
     assert_eq!(effects[0], Effect::RelayPing { txid: number(8) });
