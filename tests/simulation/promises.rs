@@ -17,8 +17,7 @@ const MEETING: Duration = Duration::from_secs(20);
 const SPARSE: u64 = 1000;
 const BUSY: u64 = 20;
 const SEEDS: u64 = 4;
-/// Two alarms within a minute bar the direct way for so long at least (tailnet-data 7.12).
-const SHORTEST_BAR: Duration = Duration::from_secs(10);
+/// Two alarms within a minute bar the direct way, for so long at most (tailnet-data 7.12).
 const LONGEST_BAR: Duration = Duration::from_secs(60);
 
 /// Ten minutes in which chance takes so many of a thousand datagrams in each direction, again and again.
@@ -68,25 +67,22 @@ fn of_a_sparse_path_that_loses_a_twentieth_hardly_anything_is_thought_and_that_i
     }
 }
 
-/// An alarm is over in 100 ms if what ends it comes through at the first attempt. Where nearly a third of everything is
-/// lost, that is one in two or three.
 #[test]
-fn a_path_that_loses_a_third_is_left_a_few_times_a_minute_and_taken_again_in_a_moment_or_after_a_bar() {
+fn a_path_that_loses_a_third_is_left_a_few_times_a_minute_and_taken_again_in_a_tenth_of_a_second() {
     let mut healed = Vec::new();
     for world in [BUSY, SPARSE].into_iter().flat_map(|pause| lossy_worlds(300, pause)) {
         let alarms = alarms(&world);
-        for (at, _) in &alarms {
-            let within = alarms.iter().filter(|(other, _)| *other >= *at && *other < *at + MINUTE).count();
-            assert!(within <= 4, "{within} alarms in a minute: {alarms:?}");
-        }
+        let within = |at: Instant| alarms.iter().filter(|(it, _)| *it >= at && *it < at + MINUTE).count();
+        let most = alarms.iter().map(|(at, _)| within(*at)).max().unwrap_or_default();
+        println!("{} alarms in ten minutes, at most {most} in one", alarms.len());
+        assert!(most <= 4, "{most} alarms in a minute: {alarms:?}");
         healed.extend(alarms.iter().filter_map(|(_, after)| *after));
     }
-    let (barred, free): (Vec<_>, Vec<_>) = healed.into_iter().partition(|after| *after >= SHORTEST_BAR);
-    let at_once = free.iter().filter(|after| **after <= 100 * MS).count();
-    assert!(free.len() >= 10 && barred.len() >= 10, "{free:?}, {barred:?}");
-    assert!(3 * at_once >= free.len(), "{free:?}");
-    assert!(free.iter().all(|after| *after < SHORTEST_BAR), "{free:?}");
-    assert!(barred.iter().all(|after| *after < LONGEST_BAR + 6 * SECOND), "{barred:?}");
+    healed.sort();
+    println!("{healed:?}");
+    let at_once = healed.iter().filter(|after| **after <= 100 * MS).count();
+    assert!(healed.len() >= 20 && 20 * at_once >= 19 * healed.len(), "{healed:?}");
+    assert!(healed.iter().all(|after| *after < 2 * SECOND), "{healed:?}");
 }
 
 #[test]
@@ -112,15 +108,15 @@ fn a_path_that_dies_and_lives_by_turns_is_let_be_for_longer_each_time_and_taken_
 }
 
 #[test]
-fn direct_paths_are_taken_again_within_a_second_after_udp_is_back_or_five_where_it_was_gone_for_long() {
+fn direct_paths_are_taken_again_within_a_second_after_udp_is_back_however_long_it_was_gone() {
     for makes in WITH_REFERENCE {
-        for (gone, back) in [(2_300, 1), (7_150, 1), (13_900, 1), (28_650, 1), (45_400, 5), (300_000, 5)] {
+        for gone in [2_300, 7_150, 13_900, 28_650, 45_400, 300_000] {
             let mut world = Story::quiet(makes, [None; 2]).begin();
             meet(&mut world);
             happen(&mut world, &Change::Cut { site: 0, out: true, r#in: true });
             everything_comes_after(&mut world, SECOND, gone * MS);
             world.heal();
-            everything_comes_after(&mut world, Duration::ZERO, back * SECOND + 100 * MS);
+            everything_comes_after(&mut world, Duration::ZERO, SECOND + 100 * MS);
             assert!(are_direct(&world), "{makes:?}: UDP was gone for {gone} ms");
         }
     }

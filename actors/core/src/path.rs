@@ -20,7 +20,7 @@
 //! | `suspicion`, `alarms` | when the path taken is dead, and what false alarms teach |
 //! | `withdrawal` | how the peer is made to leave it too |
 //! | `calling`, `former` | where the peer is told that we are, and were |
-//! | `detour` | when it seems not to have understood |
+//! | `detour`, `astray` | when it seems not to have understood, or takes a way that we have not |
 //! | `standing`, `moves` | how the peer is reached, and what a change brings with it |
 //! | `steps` | what time brings |
 
@@ -34,6 +34,7 @@ use warren_proto::disco::TxId;
 use self::{
     address::{Recent, canonical, may_be_probed},
     alarms::Alarms,
+    astray::Astray,
     calling::Calling,
     candidates::{Candidates, Heard},
     detour::Detour,
@@ -53,6 +54,7 @@ use crate::relay_map::RegionId;
 
 mod address;
 mod alarms;
+mod astray;
 mod calling;
 mod candidates;
 mod choice;
@@ -220,6 +222,7 @@ pub struct Path {
     alarms: Alarms,
     withdrawal: Withdrawal,
     detour: Detour,
+    astray: Astray,
     calling: Calling,
     /// Until when a change of our addresses is one of the link, which the peer has to follow.
     settles_at: Option<Instant>,
@@ -343,8 +346,10 @@ impl Path {
         self.verify(from);
         self.withdrawal.handle_heard();
         let patience = self.patience(now);
-        if let Some(taken) = self.standing.taken_mut().filter(|taken| taken.is_from(from)) {
-            taken.suspicion.handle_ping(now, patience);
+        match self.standing.taken_mut() {
+            Some(taken) if taken.is_from(from) => taken.suspicion.handle_ping(now, patience),
+            Some(_) => {}
+            None => self.astray.handle_ping(now, from),
         }
         if heard == Some(Heard::New) || !self.standing.is_trusted(now) {
             self.candidates.hurry(&from);
@@ -409,6 +414,7 @@ impl Path {
 
     /// WireGuard's datagrams came from the peer, and were authentic. Once a batch.
     pub fn handle_received(&mut self, now: Instant, from: Via) {
+        self.astray.handle_heard();
         match from {
             Via::Relay(_) => {
                 self.withdrawal.handle_heard();

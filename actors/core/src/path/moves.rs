@@ -8,6 +8,7 @@ use std::{
 use super::{
     Direct, Effect, Lost, Measured, Number, Path, Pending, Standing, Why,
     address::Noted,
+    astray::Astray,
     better,
     calling::Telling,
     candidates::SPACING,
@@ -50,6 +51,7 @@ impl Path {
     fn find(&mut self, now: Instant, measured: Measured) {
         let before = self.stand(Standing::Direct(Taken::new(now, measured)), Why::Found);
         self.candidates.calm();
+        self.astray.handle_found();
         if let Standing::Lost(_) = before {
             self.alarms.handle_answer(now);
             self.withdrawal.handle_answer();
@@ -125,6 +127,7 @@ impl Path {
             self.push(Effect::CallMeMaybe(Vec::new()));
         }
         self.withdrawal = Withdrawal::Idle;
+        self.astray = Astray::default();
         self.calling.cancel();
         self.candidates.clear();
         self.rounds.hasten(now);

@@ -7,9 +7,12 @@ use std::{
 
 use super::choice::Taken;
 
-/// Between two pings to a path that was lost, at first: it is taken again within a second of its being back.
+/// A path that was lost is pinged so often at once: where chance takes a third of everything, one in two is answered.
+const SALVO: u8 = 8;
+const SALVO_PAUSE: Duration = Duration::from_millis(10);
+/// Between two pings later: the path is taken again within a second of its being back.
 const PAUSE: Duration = Duration::from_millis(900);
-/// The same when it was lost longer ago than [`LONG_AGO`].
+/// The same where hardly anything is sent, and the path was lost longer ago than [`LONG_AGO`].
 const LONG_PAUSE: Duration = Duration::from_secs(5);
 const LONG_AGO: Duration = Duration::from_secs(30);
 
@@ -37,6 +40,8 @@ pub(super) enum Standing {
 pub(super) struct Lost {
     pub(super) address: SocketAddr,
     since: Instant,
+    /// Pings of the salvo that are to come.
+    salvo: u8,
     next: Instant,
 }
 
@@ -68,14 +73,14 @@ impl Standing {
 }
 
 impl Lost {
-    /// A path is lost, and pinged from `next` on.
+    /// A path does not answer. If that was chance, it soon does.
     pub(super) fn new(now: Instant, address: SocketAddr) -> Self {
-        Self { address, since: now, next: now + PAUSE }
+        Self { address, since: now, salvo: SALVO, next: now }
     }
 
-    /// The same, pinged at once.
+    /// A path is there no more, or was let be: it is pinged now.
     pub(super) fn at_once(now: Instant, address: SocketAddr) -> Self {
-        Self { address, since: now, next: now }
+        Self { address, since: now, salvo: 0, next: now }
     }
 
     /// When it is pinged next.
@@ -83,9 +88,15 @@ impl Lost {
         self.next
     }
 
-    /// It is pinged.
-    pub(super) fn handle_ping(&mut self, now: Instant) {
-        let pause = if now.saturating_duration_since(self.since) < LONG_AGO { PAUSE } else { LONG_PAUSE };
+    /// It is pinged; something is sent all the time, or is not.
+    pub(super) fn handle_ping(&mut self, now: Instant, is_busy: bool) {
+        let is_new = now.saturating_duration_since(self.since) < LONG_AGO;
+        self.salvo = self.salvo.saturating_sub(1);
+        let pause = match self.salvo {
+            1.. => SALVO_PAUSE,
+            0 if is_new || is_busy => PAUSE,
+            0 => LONG_PAUSE,
+        };
         self.next = now + pause;
     }
 }

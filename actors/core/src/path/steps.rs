@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use warren_proto::disco::TxId;
 
-use super::{Effect, Number, Path, Standing, suspicion::Verdict, withdrawal::Say};
+use super::{Effect, Number, Path, Standing, astray::Next, suspicion::Verdict, withdrawal::Say};
 
 /// How old an answer of the path that is taken may become while data goes both ways: that the peer's comes says nothing
 /// of ours.
@@ -36,6 +36,11 @@ impl Session {
         }
     }
 
+    /// How long ago the last packet was sent.
+    fn quiet(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.last_sent)
+    }
+
     /// Whether a heartbeat is due.
     fn take_beat(&mut self, now: Instant) -> bool {
         let is_due = self.heartbeat <= now;
@@ -53,7 +58,8 @@ impl Path {
         let heartbeat = self.session.as_ref().map(|session| session.heartbeat);
         let bar = if let Standing::Barred { until, .. } = self.standing { Some(until) } else { None };
         let always = [suspicion, heartbeat, bar, self.withdrawal.poll_timeout(), self.calling.poll_timeout()];
-        let probing = [self.round_due(), self.lost_due(), self.candidates.poll_timeout()];
+        let astray = self.astray.poll_timeout();
+        let probing = [self.round_due(), self.lost_due(), self.candidates.poll_timeout(), astray];
         let probing = probing.into_iter().filter(|_| self.may_probe());
         always.into_iter().chain(probing).flatten().min()
     }
@@ -66,6 +72,7 @@ impl Path {
         self.beat(now);
         self.seek(now);
         self.ping_hurried(now);
+        self.look_for_astray(now);
         let telling = self.calling.handle_timeout(now);
         self.tell(telling);
     }
@@ -121,7 +128,7 @@ impl Path {
         if !session.take_beat(now) {
             return;
         }
-        if now.saturating_duration_since(session.last_sent) > ACTIVE {
+        if session.quiet(now) > ACTIVE {
             self.session = None;
             return;
         }
@@ -130,7 +137,7 @@ impl Path {
         if !taken.suspicion.is_calm() {
             return;
         }
-        let age = match now.saturating_duration_since(session.last_sent) {
+        let age = match session.quiet(now) {
             quiet if quiet <= BUSY && taken.suspicion.hears(now) => BUSY,
             quiet if quiet < HEARTBEAT => HEARTBEAT,
             _ => RENEWAL,
@@ -148,10 +155,11 @@ impl Path {
 
     /// Is a path to be sought?
     fn seek(&mut self, now: Instant) {
+        let is_busy = self.session.as_ref().is_some_and(|session| session.quiet(now) < HEARTBEAT);
         if self.lost_due().is_some_and(|due| due <= now)
             && let Standing::Lost(lost) = &mut self.standing
         {
-            lost.handle_ping(now);
+            lost.handle_ping(now, is_busy);
             let address = lost.address;
             self.ping(now, &address, Number::Any(None));
         }
@@ -177,6 +185,21 @@ impl Path {
             self.candidates.hurry_all();
         }
         self.wish_to_call(now);
+    }
+
+    /// Does what the peer sends go astray?
+    fn look_for_astray(&mut self, now: Instant) {
+        if !self.may_probe() {
+            return;
+        }
+        match self.astray.handle_timeout(now) {
+            None => {}
+            Some(Next::Ask(from)) => self.ping(now, &from, Number::Any(None)),
+            Some(Next::Withdraw) => {
+                self.withdrawal.start(now);
+                self.withdraw(now);
+            }
+        }
     }
 
     fn ping_hurried(&mut self, now: Instant) {

@@ -25,6 +25,8 @@ impl Patience {
     /// After a false alarm: after nine tenths of a second.
     pub(super) const CAREFUL: Self =
         Self { silence: Duration::from_millis(300), pings: 4, pause: Duration::from_millis(150) };
+    /// After another one: after a bit more than a second.
+    pub(super) const MOST_CAREFUL: Self = Self { pings: 6, ..Self::CAREFUL };
     /// However slow the path, so long is no answer waited for.
     const MOST: Duration = Duration::from_secs(1);
 

@@ -103,9 +103,9 @@ impl Withdrawal {
         }
     }
 
-    /// The path answers: what has not begun need not.
+    /// The path answers: as long as the peer was not told to leave, it need not.
     pub(super) fn handle_answer(&mut self) {
-        if self.is_proving() {
+        if let Self::Proving { .. } | Self::Calling(Call { said: Said::Nothing | Said::All, .. }) = self {
             *self = Self::Idle;
         }
     }

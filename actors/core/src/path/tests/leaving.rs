@@ -250,6 +250,25 @@ fn a_condemned_path_that_answers_before_the_relay_does_is_kept() {
 }
 
 #[test]
+fn an_answer_before_the_peer_is_told_to_leave_spares_it_that_and_one_after_it_does_not() {
+    for (time, expected) in [(15 * MS, false), (25 * MS, true)] {
+        let mut bench = Bench::direct();
+        let mut done = Vec::new();
+        while left_at(&done).is_none() {
+            done = cut(&mut bench, MS);
+        }
+        bench.pass(time);
+        bench.drain();
+        let txid = number(bench.txid_of_ping());
+        bench.path.handle_pong(bench.now, Via::Direct(peer(1)), txid, own(1));
+        bench.talk(S);
+        let told = calls(&bench.take());
+        assert_eq!(told.iter().any(|(_, list)| list.is_empty()), expected, "{time:?}: {told:?}");
+        assert_eq!(told.last().map(|(_, list)| list.len()), Some(1), "{time:?}");
+    }
+}
+
+#[test]
 fn the_messages_are_repeated_four_times_ever_later_while_nothing_comes() {
     for is_heard in [false, true] {
         let mut bench = Bench::direct();
@@ -265,17 +284,33 @@ fn the_messages_are_repeated_four_times_ever_later_while_nothing_comes() {
     }
 }
 
+/// Where chance takes a third of everything, an answer comes to one ping in two.
 #[test]
-fn a_lost_path_is_pinged_once_a_second_and_after_half_a_minute_once_in_five() {
+fn a_path_that_is_left_is_pinged_nine_times_at_once_in_case_it_was_chance() {
     let mut bench = Bench::direct();
-    cut(&mut bench, S);
-    bench.path.handle_received(bench.now, RELAY);
-    let done = cut(&mut bench, 60 * S);
-    let pings = pings_at(&done);
-    let early = pings.iter().filter(|at| **at < 32_000).count();
-    assert!((29..=38).contains(&early), "{pings:?}");
-    let late = pings.iter().filter(|at| **at >= 33_000).count();
-    assert!((5..=7).contains(&late), "{pings:?}");
+    let done = cut(&mut bench, S);
+    let left = left_at(&done).unwrap().as_millis();
+    let after: Vec<u128> = pings_at(&done).into_iter().filter_map(|at| at.checked_sub(left)).collect();
+    assert_eq!(after, [0, 0, 10, 20, 30, 40, 50, 60, 70], "the first along with the question to the relay");
+}
+
+#[test]
+fn a_lost_path_is_pinged_once_a_second_and_after_half_a_minute_once_in_five_unless_much_is_sent() {
+    for (pause, expected) in [(20 * MS, 32..=35), (20 * S, 5..=10)] {
+        let mut bench = Bench::direct();
+        cut(&mut bench, S);
+        bench.path.handle_received(bench.now, RELAY);
+        let start = bench.now;
+        while bench.now < start + 60 * S {
+            bench.path.route(bench.now);
+            bench.pass(pause);
+        }
+        let pings = pings_at(&bench.take());
+        let early = pings.iter().filter(|at| **at < 32_000).count();
+        assert!((29..=38).contains(&early), "{pings:?}");
+        let late = pings.iter().filter(|at| **at >= 33_000 && **at < 62_000).count();
+        assert!(expected.contains(&late), "{late}: {pings:?}");
+    }
 }
 
 #[test]
@@ -283,7 +318,7 @@ fn a_lost_path_is_taken_at_its_first_answer_and_the_peer_is_told_all() {
     let mut bench = Bench::direct();
     cut(&mut bench, S);
     bench.path.handle_received(bench.now, RELAY);
-    let done = cut(&mut bench, 5 * S);
+    let done = cut(&mut bench, 5500 * MS);
     assert!(!pings_at(&done).is_empty());
     assert!(bench.hear(peer(1)), "a ping from the peer");
     assert_eq!(pinged(&bench.taken()), [peer(1)], "is returned at once");
@@ -337,6 +372,28 @@ fn a_false_alarm_heals_at_the_answer_and_makes_us_careful() {
     let pings: Vec<u128> = pings_at(&done).iter().map(|at| at - start.as_millis()).take(4).collect();
     assert_eq!(pings, [300, 450, 600, 750]);
     assert!((left_at(&done).unwrap() - start).as_millis() <= 902);
+}
+
+/// Each is over in a moment and makes more careful; more than four in a minute are too many all the same.
+#[test]
+fn false_alarms_bar_direct_paths_only_after_four_in_a_minute_and_cost_ever_more_pings_before() {
+    let mut bench = Bench::direct();
+    for expected in [3, 4, 6, 6] {
+        let start = bench.now - bench.start;
+        let done = cut(&mut bench, 1250 * MS);
+        let left = left_at(&done).unwrap();
+        let before =
+            pings_at(&done).into_iter().filter(|at| *at < left.as_millis() && *at > start.as_millis());
+        assert_eq!(before.count(), expected);
+        assert!(bench.hear(peer(1)));
+        bench.pass(100 * MS);
+        bench.answer_all();
+        bench.talk(5 * S);
+        assert_eq!(bench.best(), Some(peer(1)), "direct again");
+        bench.take();
+    }
+    cut(&mut bench, 1250 * MS);
+    assert!(bench.path.standing.is_barred());
 }
 
 #[test]

@@ -249,3 +249,52 @@ fn an_answer_is_told_with_its_way_and_who_asked() {
     let expected = Answer { via: Via::Direct(peer(1)), latency: LATENCY, is_user: true, txid: number(8) };
     assert_eq!(direct, Some(expected), "the user's number, not the ping's own");
 }
+
+/// It has our answer and trusts the path; then its direction dies before it answers us.
+#[test]
+fn a_peer_that_pinged_us_and_is_heard_by_no_way_is_made_to_leave_a_path_that_we_do_not_have() {
+    let mut bench = Bench::ready(&[peer(1)]);
+    bench.pass(2 * S);
+    bench.take();
+    let start = (bench.now - bench.start).as_millis();
+    assert!(bench.hear(peer(1)));
+    bench.pass(500 * MS);
+    bench.path.handle_relay(bench.now, RelayStands::Alive);
+    bench.pass(100 * MS);
+    let effects = bench.take();
+    let pings: Vec<u128> = pings_at(&effects).iter().map(|at| at - start).collect();
+    assert_eq!(pings, [0, 100, 200, 300, 400]);
+    let told: Vec<_> = calls(&effects).into_iter().map(|(at, list)| (at - start, list.len())).collect();
+    assert_eq!(told, [(500, 1), (520, 0), (540, 1)]);
+}
+
+#[test]
+fn a_peer_that_pinged_us_and_is_heard_or_answers_is_left_alone() {
+    for by in ["relay", "udp", "answer"] {
+        let mut bench = Bench::ready(&[peer(1)]);
+        bench.pass(2 * S);
+        bench.take();
+        assert!(bench.hear(peer(1)));
+        bench.pass(50 * MS);
+        match by {
+            "relay" => bench.path.handle_received(bench.now, RELAY),
+            "udp" => bench.path.handle_received(bench.now, Via::Direct(peer(1))),
+            _ => drop(bench.answer(peer(1))),
+        }
+        bench.pass(2 * S);
+        assert!(!bench.taken().contains(&Effect::ProveRelay), "{by}");
+    }
+}
+
+#[test]
+fn a_peer_that_goes_on_pinging_without_a_word_is_told_ever_more_rarely() {
+    let mut bench = Bench::ready(&[peer(1)]);
+    let mut asked = 0;
+    for _ in 0..600 {
+        bench.hear(peer(1));
+        bench.pass(S);
+        asked += bench.take().iter().filter(|(_, it)| *it == Effect::ProveRelay).count();
+        bench.path.handle_relay(bench.now, RelayStands::Alive);
+    }
+    assert!((3..=6).contains(&asked), "{asked}");
+}
