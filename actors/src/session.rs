@@ -14,7 +14,7 @@
 //! |---|---|
 //! | requests without an answer | [`Stream`] |
 //! | what the manager knows of the peers | [`Stream`] |
-//! | how far Start has come, the last wake | [`Memory`] |
+//! | how far Start has come | [`Memory`] |
 //! | which network settings were acknowledged | `Net::host` |
 
 use std::{sync::Arc, time::Duration};
@@ -46,8 +46,6 @@ pub const START_LIMIT: Duration = Duration::from_secs(30);
 pub const STOP_LIMIT: Duration = Duration::from_secs(3);
 /// How long the answer to a stop may take to leave.
 const FLUSH_LIMIT: Duration = Duration::from_secs(5);
-/// Wakes closer to each other than this are one.
-const WAKE_DEBOUNCE: Duration = Duration::from_secs(5);
 
 /// What the session hears, all of it from its own tasks.
 #[derive(Debug)]
@@ -101,7 +99,6 @@ pub struct Memory {
     phase: Phase,
     /// The generation of the last Boot.
     generation: u64,
-    last_wake: Option<Instant>,
 }
 
 /// How far the life between Start and Stop has come.
@@ -403,14 +400,14 @@ impl Session {
         context.tasks.spawn(farewell.say(STOP_LIMIT, FLUSH_LIMIT));
     }
 
-    fn handle_wake(&self, context: &Context<Message>, state: &mut State, request: &Arc<Request>) {
-        let is_due = state.memory.get().last_wake.is_none_or(|last| last.elapsed() >= WAKE_DEBOUNCE);
+    /// Which wakes are one, the coordinator knows: it hears of others, too.
+    fn handle_wake(&self, context: &Context<Message>, state: &State, request: &Arc<Request>) {
         let net = self.deps.net.get();
-        if let (Phase::Running { .. }, Some(net), true) = (state.phase(), net.as_ref(), is_due) {
-            match net.coordinator.try_send(coordinator::Message::Wake(coordinator::Cause::Manager)) {
-                Ok(()) => state.remember(|memory| memory.last_wake = Some(Instant::now())),
-                Err(error) => tracing::warn!(%error, "nobody to wake"),
-            }
+        if let (Phase::Running { .. }, Some(net)) = (state.phase(), net.as_ref())
+            && let Err(error) =
+                net.coordinator.try_send(coordinator::Message::Wake(coordinator::Cause::Manager))
+        {
+            tracing::warn!(%error, "nobody to wake");
         }
         let message = tunnel_message::Msg::Wake(vpn::WakeResponse {});
         self.answer(context, request, Answer { message, result: "ok" });

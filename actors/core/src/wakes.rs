@@ -87,6 +87,17 @@ mod tests {
         ]);
     }
 
+    /// Conforms: vpn:T5
+    #[test]
+    fn a_request_is_news_once_in_five_seconds() {
+        check(&[
+            (0, 0, Cause::Manager, true),
+            (4999, 0, Cause::Manager, false),
+            (5000, 0, Cause::Manager, true),
+            (5001, 0, Cause::Manager, false),
+        ]);
+    }
+
     #[test]
     fn another_network_is_always_news_and_a_request_is_again_after_a_while() {
         check(&[

@@ -480,9 +480,9 @@ mod peers {
 mod waking {
     use super::*;
 
-    /// Conforms: vpn:T3 vpn:T5
+    /// Conforms: vpn:T3
     #[tokio::test(start_paused = true)]
-    async fn every_wake_is_answered_and_at_most_one_in_five_seconds_is_passed_on() {
+    async fn every_wake_is_answered_and_passed_on_once_there_is_a_network() {
         let mut rig = Rig::new().await;
         rig.send(1, wake()).await;
         assert_eq!(rig.frame().await, answer(1, woken()));
@@ -493,12 +493,11 @@ mod waking {
         let coordinator = net.coordinator.clone();
         let _running =
             starter(coordinator, move || Ears(wakes.clone()))(rig.supervisor.get_cell()).await.unwrap();
-        for (id, pause, is_passed_on) in [(3, 0, true), (4, 4, false), (5, 1, true)] {
-            tokio::time::sleep(Duration::from_secs(pause)).await;
+        for id in [3, 4] {
             rig.send(id, wake()).await;
             assert_eq!(rig.frame().await, answer(id, woken()));
             settle().await;
-            assert_eq!(heard.try_recv().is_ok(), is_passed_on, "wake {id}");
+            assert_eq!(heard.try_recv(), Ok(()), "wake {id}");
         }
     }
 }
