@@ -380,6 +380,38 @@ fn a_reference_peer_that_missed_the_calls_about_a_new_port_is_told_when_its_rela
     assert!(!is_stuck(&world, PeerId(0), PeerId(1)));
 }
 
+/// The reference takes no notice; ours has to, although false alarms have made it careful and the path is slow.
+#[test]
+fn with_a_reference_peer_a_slow_path_that_dies_is_left_within_the_time_that_all_have() {
+    for seed in (0..10).chain([16_361_005_446_267_957_689]) {
+        let makes = WITH_REFERENCE[1];
+        let story = Story {
+            seed,
+            talk: [Some(173), Some(741)],
+            ..Story::quiet(makes, [Some(Kind::Symmetric), None])
+        };
+        let changes = vec![
+            (17_325, Change::Delay { site: 0, delay: 169, jitter: 69 }),
+            (10_045, Change::Cut { site: 1, out: false, r#in: true }),
+            (5_616, Change::Heal),
+        ];
+        tell(&Story { changes, ..story });
+    }
+}
+
+/// The reference has our answer and trusts the path; its direction dies before it has answered us.
+#[test]
+fn a_reference_peer_that_has_found_us_and_then_dies_to_us_is_made_to_leave_a_path_that_we_never_had() {
+    for after in 100..180 {
+        let nats = [None, Some(Kind::Restricted)];
+        let story = Story { talk: [Some(5), Some(19)], ..Story::quiet(WITH_REFERENCE[0], nats) };
+        let mut world = story.begin();
+        world.run(Duration::from_millis(after));
+        happen(&mut world, &Change::Cut { site: 1, out: true, r#in: false });
+        everything_comes_after(&mut world, SECOND, Duration::from_secs(5));
+    }
+}
+
 #[test]
 fn with_a_reference_peer_a_network_is_direct_within_a_second_of_ready_and_two_cones_within_three() {
     let cones = [Kind::FullCone, Kind::Restricted, Kind::PortRestricted].map(Some);

@@ -414,7 +414,7 @@ impl Path {
 
     /// WireGuard's datagrams came from the peer, and were authentic. Once a batch.
     pub fn handle_received(&mut self, now: Instant, from: Via) {
-        self.astray.handle_heard();
+        self.astray.handle_heard(now);
         match from {
             Via::Relay(_) => {
                 self.withdrawal.handle_heard();

@@ -12,6 +12,8 @@ use crate::backoff::Backoff;
 /// So many pings, so far apart, decide; the first goes out when the peer's comes, as always.
 const PINGS: u8 = 4;
 const PAUSE: Duration = Duration::from_millis(100);
+/// What the peer sent by relay before it had our answer has come by then.
+const UNDER_WAY: Duration = Duration::from_millis(250);
 /// Peers that say nothing because they have nothing to say are let be.
 const SHORTEST_REST: Duration = Duration::from_secs(5);
 const LONGEST_REST: Duration = Duration::from_secs(10 * 60);
@@ -29,6 +31,7 @@ enum Doubt {
     /// It pinged us from there and was answered: our pings should be, too, or something be heard.
     Asking {
         from: SocketAddr,
+        since: Instant,
         left: u8,
         next: Instant,
     },
@@ -62,13 +65,15 @@ impl Astray {
             Doubt::Resting { until } => until <= now,
         };
         if is_open {
-            self.doubt = Doubt::Asking { from, left: PINGS, next: now + PAUSE };
+            self.doubt = Doubt::Asking { from, since: now, left: PINGS, next: now + PAUSE };
         }
     }
 
     /// Data came, by whatever way: it does not go astray.
-    pub(super) fn handle_heard(&mut self) {
-        if let Doubt::Asking { .. } = self.doubt {
+    pub(super) fn handle_heard(&mut self, now: Instant) {
+        if let Doubt::Asking { since, .. } = self.doubt
+            && now.saturating_duration_since(since) > UNDER_WAY
+        {
             self.doubt = Doubt::None;
         }
     }
@@ -86,7 +91,7 @@ impl Astray {
     /// Lets time pass.
     pub(super) fn handle_timeout(&mut self, now: Instant) -> Option<Next> {
         match &mut self.doubt {
-            Doubt::Asking { from, left, next } if *next <= now && *left > 0 => {
+            Doubt::Asking { from, left, next, .. } if *next <= now && *left > 0 => {
                 *left -= 1;
                 *next = now + PAUSE;
                 Some(Next::Ask(*from))

@@ -10,30 +10,34 @@
 
 use std::time::{Duration, Instant};
 
-/// How long silence is borne, and how many pings, how far apart, decide.
+/// How long silence is borne, how many pings, how far apart, decide, and how long the last is waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Patience {
     silence: Duration,
     pings: u8,
     pause: Duration,
+    last: Duration,
 }
 
 impl Patience {
     /// A dead path is left after half a second.
-    pub(super) const USUAL: Self =
-        Self { silence: Duration::from_millis(200), pings: 3, pause: Duration::from_millis(100) };
+    pub(super) const USUAL: Self = Self::new(200, 3, 100);
     /// After a false alarm: after nine tenths of a second.
-    pub(super) const CAREFUL: Self =
-        Self { silence: Duration::from_millis(300), pings: 4, pause: Duration::from_millis(150) };
+    pub(super) const CAREFUL: Self = Self::new(300, 4, 150);
     /// After another one: after a bit more than a second.
-    pub(super) const MOST_CAREFUL: Self = Self { pings: 6, ..Self::CAREFUL };
+    pub(super) const MOST_CAREFUL: Self = Self::new(300, 6, 150);
     /// However slow the path, so long is no answer waited for.
     const MOST: Duration = Duration::from_secs(1);
 
-    /// An answer takes a round trip, and a half more for good measure.
+    const fn new(silence: u64, pings: u8, pause: u64) -> Self {
+        let pause = Duration::from_millis(pause);
+        Self { silence: Duration::from_millis(silence), pings, pause, last: pause }
+    }
+
+    /// An answer takes a round trip, and a half more for good measure; the next ping need not wait for it.
     pub(super) fn on(self, latency: Duration) -> Self {
         let least = latency.saturating_mul(3).min(Self::MOST * 2) / 2;
-        Self { silence: self.silence.max(least), pings: self.pings, pause: self.pause.max(least) }
+        Self { silence: self.silence.max(least), last: self.last.max(least), ..self }
     }
 }
 
@@ -204,20 +208,21 @@ impl Suspicion {
         let pings = patience.pings + if self.hears(now) { DOUBTS } else { 0 };
         self.accuse(now);
         let Self::Suspect { since, left, next } = self else { return None };
-        *next = now + patience.pause;
-        match left {
+        let verdict = match left {
             None => {
                 *left = Some(pings - 1);
-                Some(Verdict::First)
+                Verdict::First
             }
             Some(0) => {
                 *self = Self::Condemned { since: *since };
-                Some(Verdict::Dead)
+                return Some(Verdict::Dead);
             }
             Some(left) => {
                 *left -= 1;
-                Some(Verdict::Again)
+                Verdict::Again
             }
-        }
+        };
+        *next = now + if *left == Some(0) { patience.last } else { patience.pause };
+        Some(verdict)
     }
 }

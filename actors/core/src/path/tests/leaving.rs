@@ -155,8 +155,8 @@ fn a_slow_path_gets_one_and_a_half_round_trips_to_answer() {
     let start = bench.now - bench.start;
     let done = cut(&mut bench, 4 * S);
     let pings: Vec<u128> = pings_at(&done).iter().map(|at| at - start.as_millis()).take(3).collect();
-    assert_eq!(pings, [600, 1200, 1800]);
-    assert_eq!((left_at(&done).unwrap() - start).as_millis(), 2400);
+    assert_eq!(pings, [600, 700, 800], "the pings need not wait for each other's answers");
+    assert_eq!((left_at(&done).unwrap() - start).as_millis(), 1400, "the verdict does");
 }
 
 #[test]

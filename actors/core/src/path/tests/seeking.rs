@@ -258,7 +258,9 @@ fn a_peer_that_pinged_us_and_is_heard_by_no_way_is_made_to_leave_a_path_that_we_
     bench.take();
     let start = (bench.now - bench.start).as_millis();
     assert!(bench.hear(peer(1)));
-    bench.pass(500 * MS);
+    bench.pass(50 * MS);
+    bench.path.handle_received(bench.now, RELAY);
+    bench.pass(450 * MS);
     bench.path.handle_relay(bench.now, RelayStands::Alive);
     bench.pass(100 * MS);
     let effects = bench.take();
@@ -275,7 +277,7 @@ fn a_peer_that_pinged_us_and_is_heard_or_answers_is_left_alone() {
         bench.pass(2 * S);
         bench.take();
         assert!(bench.hear(peer(1)));
-        bench.pass(50 * MS);
+        bench.pass(251 * MS);
         match by {
             "relay" => bench.path.handle_received(bench.now, RELAY),
             "udp" => bench.path.handle_received(bench.now, Via::Direct(peer(1))),
