@@ -25,7 +25,7 @@ use std::{
 
 use folder::Folder;
 use tokio::process::Command;
-use warren_lab::{Lab, LabOptions};
+use warren_lab::{Lab, LabOptions, Sending};
 
 use super::{
     exit::{CliError, Exit, Outcome},
@@ -70,6 +70,9 @@ pub(crate) struct Args {
     /// A deployment that allows no direct paths: all goes through its relay, as for more than 256 agents
     #[arg(long)]
     relay_only: bool,
+    /// Agents send datagrams one by one, as the reference's do
+    #[arg(long, hide = true)]
+    send_singly: bool,
     /// Where metrics and health are served, outside of the lab's network
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:0")]
     metrics_listen: SocketAddr,
@@ -177,6 +180,7 @@ fn spawn(
     }
     command.args(args.json.then_some("--json")).args(args.logs.then_some("--logs"));
     command.args(args.relay_only.then_some("--relay-only"));
+    command.args(args.send_singly.then_some("--send-singly"));
     let inherited = vec![listener.as_raw_fd(), folder.lock()];
     match isolation {
         Isolation::Namespaces => namespace::isolate(&mut command, inherited)?,
@@ -232,6 +236,7 @@ fn options(args: &Args) -> LabOptions {
         agents: args.agents as usize,
         direct: !args.relay_only && args.agents <= MAX_DIRECT,
         disable_direct: args.relay_only,
+        direct_sending: if args.send_singly { Sending::Singly } else { Sending::Runs },
         ..LabOptions::default()
     }
 }

@@ -41,7 +41,7 @@ use self::{
     core::{Core, Counters},
     direct::{AgentPath, Direct, DirectCore},
     faults::UdpFaults,
-    udp::UdpBinder,
+    udp::{Sending, UdpBinder},
 };
 use crate::{
     control::coordinator::{Auth, Coordinator, Gone, Place},
@@ -75,6 +75,7 @@ pub(crate) struct Wild {
     pub(crate) stun: Vec<SocketAddr>,
     pub(crate) direct: Direct,
     pub(crate) faults: Arc<UdpFaults>,
+    pub(crate) sending: Sending,
 }
 
 /// A running agent.
@@ -146,8 +147,8 @@ impl Agent {
         let direct = wild.as_ref().map(|wild| DirectCore::new(wild.stun.clone(), wild.direct));
         let core = Mutex::new(Core::new(id, title, region, direct, Arc::clone(&counters)));
         let core = Arc::new(Shared { core, wake: Notify::new(), udp_wake: Notify::new() });
-        if let Some(Wild { addresses, binder, faults, .. }) = wild {
-            work.spawn(udp::run(Arc::clone(&core), addresses, binder, faults));
+        if let Some(wild) = wild {
+            work.spawn(udp::run(Arc::clone(&core), wild));
         }
         let (homes, moves) = watch::channel((region, relay));
         let (shared, inner) = (Arc::clone(&core), work.clone());

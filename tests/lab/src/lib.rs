@@ -57,7 +57,7 @@ pub use self::{
         AgentStats, End,
         direct::{AgentPath, Best, Direct, Packets, PeerPath, Probes, Taken},
         faults::Cut,
-        udp::UdpBinder,
+        udp::{Sending, UdpBinder},
     },
     control::{
         BUILD_VERSION, CallFault, Check, Connection, Control, Device, EMBEDDED_REGION, Ended, Endpoint,
@@ -108,6 +108,8 @@ pub struct LabOptions {
     pub direct_addresses: Vec<IpAddr>,
     /// How they bind them.
     pub direct_binder: UdpBinder,
+    /// How they send through them.
+    pub direct_sending: Sending,
     /// STUN servers, each `host:port`, that the relay map names; nothing listens there for the lab.
     pub stun_servers: Vec<String>,
     /// A relay map to begin with, to which the lab's own regions are added.
@@ -152,6 +154,7 @@ impl Default for LabOptions {
             direct: false,
             direct_addresses: Vec::new(),
             direct_binder: UdpBinder::default(),
+            direct_sending: Sending::default(),
             stun_servers: Vec::new(),
             relay_map: None,
             is_browser_only: false,
@@ -589,6 +592,7 @@ impl Lab {
             stun: self.stun_server.clone(),
             direct: if options.disable_direct { Direct::Blocked } else { Direct::Allowed },
             faults: Arc::clone(&lasting.faults),
+            sending: options.direct_sending,
         });
         let coordinator = Arc::clone(&self.control.0.coordinator);
         let home = Home { region: *number, relay: relay.clone(), coordinator, wild };

@@ -1,5 +1,7 @@
 //! An agent's UDP sockets, one a family, and the task that serves them.
 
+mod socket;
+
 use std::{
     collections::VecDeque,
     fmt, io,
@@ -8,15 +10,10 @@ use std::{
     time::Instant,
 };
 
-use rustix::net::sockopt::{self, Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
-use tokio::net::UdpSocket;
+pub use self::socket::Sending;
+use self::socket::{Received, Socket};
+use super::{Shared, Wild, at, direct::Datagram, faults::UdpFaults};
 
-use super::{Shared, at, direct::Datagram, faults::UdpFaults};
-
-/// Larger datagrams are not an agent's.
-const LARGEST: usize = 2048;
-/// Datagrams that are taken before what they led to is sent.
-const BATCH: usize = 64;
 /// Datagrams that wait because of a delay on purpose.
 const MAX_DELAYED: usize = 4096;
 
@@ -32,19 +29,13 @@ impl UdpBinder {
         Self(Some(Arc::new(bind)))
     }
 
-    /// At a free port of an address. Nothing larger than the path is sent in pieces (13).
-    fn bind(&self, address: IpAddr) -> io::Result<UdpSocket> {
+    /// At a free port of an address.
+    fn bind(&self, address: IpAddr) -> io::Result<Socket> {
         let address = SocketAddr::new(address, 0);
-        let socket = match &self.0 {
+        Socket::new(match &self.0 {
             Some(bind) => bind(address)?,
             None => std::net::UdpSocket::bind(address)?,
-        };
-        match address {
-            SocketAddr::V4(_) => sockopt::set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::DO)?,
-            SocketAddr::V6(_) => sockopt::set_ipv6_mtu_discover(&socket, Ipv6PathMtuDiscovery::DO)?,
-        }
-        socket.set_nonblocking(true)?;
-        UdpSocket::from_std(socket)
+        })
     }
 }
 
@@ -56,8 +47,8 @@ impl fmt::Debug for UdpBinder {
 
 /// A socket a family; a family that the machine lacks has none.
 struct Sockets {
-    v4: Option<UdpSocket>,
-    v6: Option<UdpSocket>,
+    v4: Option<Socket>,
+    v6: Option<Socket>,
 }
 
 impl Sockets {
@@ -73,7 +64,7 @@ impl Sockets {
         Self { v4: bind(IpAddr::is_ipv4).await, v6: bind(IpAddr::is_ipv6).await }
     }
 
-    fn all(&self) -> impl Iterator<Item = &UdpSocket> {
+    fn all(&self) -> impl Iterator<Item = &Socket> {
         [&self.v4, &self.v6].into_iter().flatten()
     }
 
@@ -82,7 +73,7 @@ impl Sockets {
     }
 
     async fn readable(&self) {
-        let wait = async |socket: &Option<UdpSocket>| match socket {
+        let wait = async |socket: &Option<Socket>| match socket {
             Some(socket) => drop(socket.readable().await),
             None => std::future::pending().await,
         };
@@ -92,42 +83,78 @@ impl Sockets {
         }
     }
 
-    fn receive(&self, buffer: &mut [u8]) -> Option<(usize, SocketAddr)> {
-        self.all().find_map(|socket| socket.try_recv_from(buffer).ok())
+    /// What came, up to a batch of each.
+    fn receive(&self, received: &mut [Received; 2]) {
+        for (socket, received) in [&self.v4, &self.v6].into_iter().zip(received) {
+            received.fill(socket.as_ref());
+        }
     }
 
-    fn send(&self, datagram: &Datagram) -> io::Result<()> {
-        let socket = if datagram.to.is_ipv4() { &self.v4 } else { &self.v6 };
-        let socket = socket.as_ref().ok_or(io::ErrorKind::NetworkUnreachable)?;
-        match socket.try_send_to(&datagram.bytes, datagram.to) {
-            // A full socket drops, as UDP does.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
-            sent => sent.map(drop),
+    fn of(&self, to: &SocketAddr) -> Option<&Socket> {
+        if to.is_ipv4() { self.v4.as_ref() } else { self.v6.as_ref() }
+    }
+}
+
+/// What is on its way out of an agent.
+struct Outgoing {
+    faults: Arc<UdpFaults>,
+    sending: Sending,
+    delayed: VecDeque<(Instant, Datagram)>,
+    due: Vec<Datagram>,
+    buffer: Vec<u8>,
+}
+
+impl Outgoing {
+    fn new(faults: Arc<UdpFaults>, sending: Sending) -> Self {
+        Self { faults, sending, delayed: VecDeque::new(), due: Vec::new(), buffer: Vec::new() }
+    }
+
+    /// Lets each datagram meet what is wrong on purpose.
+    fn put(&mut self, now: Instant, datagram: Datagram) {
+        match self.faults.leaves() {
+            Some(delay) if delay.is_zero() => self.due.push(datagram),
+            Some(delay) if self.delayed.len() < MAX_DELAYED => {
+                self.delayed.push_back((now + delay, datagram));
+            }
+            Some(_) | None => {}
         }
+    }
+
+    /// When the next delayed one is to be sent.
+    fn next(&self) -> Option<Instant> {
+        self.delayed.front().map(|(due, _)| *due)
+    }
+
+    /// Sends what is due, and tells `unsent` of what the network refuses.
+    fn send(&mut self, now: Instant, sockets: &Sockets, mut unsent: impl FnMut(&Datagram)) {
+        while self.next().is_some_and(|due| due <= now) {
+            self.due.extend(self.delayed.pop_front().map(|(_, datagram)| datagram));
+        }
+        for run in socket::runs(&self.due) {
+            match run.first().and_then(|first| sockets.of(&first.to)) {
+                Some(socket) => socket.send(run, self.sending, &mut self.buffer, &mut unsent),
+                None => run.iter().for_each(&mut unsent),
+            }
+        }
+        self.due.clear();
     }
 }
 
 /// Serves an agent's sockets until its life ends.
-pub(super) async fn run(
-    shared: Arc<Shared>,
-    addresses: Vec<IpAddr>,
-    binder: UdpBinder,
-    faults: Arc<UdpFaults>,
-) {
+pub(super) async fn run(shared: Arc<Shared>, wild: Wild) {
+    let Wild { addresses, binder, faults, sending, .. } = wild;
     let mut sockets = Sockets::bind(&addresses, &binder).await;
     shared.lock().handle_sockets(sockets.addresses());
-    let mut buffer = [0; LARGEST];
-    let mut out = VecDeque::new();
-    let mut delayed: VecDeque<(Instant, Datagram)> = VecDeque::new();
+    let (mut received, mut out) = (<[Received; 2]>::default(), VecDeque::new());
+    let mut outgoing = Outgoing::new(Arc::clone(&faults), sending);
     loop {
+        sockets.receive(&mut received);
         let now = Instant::now();
         let (due, has_frames, wants_rebind) = {
             let mut core = shared.lock();
-            for _ in 0..BATCH {
-                let Some((length, from)) = sockets.receive(&mut buffer) else { break };
-                if let Some(datagram) = buffer.get(..length).filter(|_| faults.arrives()) {
-                    core.datagram(canonical(from), datagram, now);
-                }
+            let datagrams = received.iter().flat_map(Received::datagrams);
+            for (from, datagram) in datagrams.filter(|_| faults.arrives()) {
+                core.datagram(canonical(from), datagram, now);
             }
             core.poll(now);
             let is_changed = core.pass_time(now);
@@ -142,31 +169,13 @@ pub(super) async fn run(
             shared.lock().handle_sockets(sockets.addresses());
             continue;
         }
-        for datagram in out.drain(..) {
-            match faults.leaves() {
-                Some(delay) if !delay.is_zero() && delayed.len() < MAX_DELAYED => {
-                    delayed.push_back((now + delay, datagram));
-                }
-                Some(delay) if delay.is_zero() => send(&shared, &sockets, &datagram),
-                Some(_) | None => {}
-            }
-        }
-        while delayed.front().is_some_and(|(due, _)| *due <= now) {
-            let Some((_, datagram)) = delayed.pop_front() else { break };
-            send(&shared, &sockets, &datagram);
-        }
-        let due = [due, delayed.front().map(|(due, _)| *due)].into_iter().flatten().min();
+        out.drain(..).for_each(|datagram| outgoing.put(now, datagram));
+        outgoing.send(now, &sockets, |datagram| shared.lock().handle_unsent(datagram));
         tokio::select! {
             () = sockets.readable() => {}
             () = shared.udp_wake.notified() => {}
-            () = at(due) => {}
+            () = at([due, outgoing.next()].into_iter().flatten().min()) => {}
         }
-    }
-}
-
-fn send(shared: &Shared, sockets: &Sockets, datagram: &Datagram) {
-    if sockets.send(datagram).is_err() {
-        shared.lock().handle_unsent(datagram);
     }
 }
 
