@@ -1,9 +1,9 @@
-//! What warren costs: throughput, CPU and memory through `warren0` and the relay both ways, beside the same
-//! transfer without a tunnel in the same run; idle latency; the time to the first ping; CPU and memory at 3,
+//! What warren costs: throughput, CPU and memory through `warren0` both ways, through the relay and directly, beside
+//! the same transfer without a tunnel in the same run; idle latency; the time to the first ping; CPU and memory at 3,
 //! 100 and 1000 agents. Everything shares this machine: read ratios, not single figures.
 //!
 //! ```sh
-//! cargo bench --bench relay                                  # about two minutes
+//! cargo bench --bench relay                                  # about three minutes
 //! cargo bench --bench relay -- --quick                       # a look
 //! cargo bench --bench relay -- --rounds 9 --megabytes 500 --agents 3,1000 --seconds 60
 //! ```
@@ -110,7 +110,7 @@ struct Way {
 impl Way {
     fn print(&mut self, name: &str) {
         println!(
-            "  {name:<22}{} Mbit/s; CPU s/GB: tunnel {}, agent and relay {}",
+            "  {name:<24}{} Mbit/s; CPU s/GB: tunnel {}, agent and relay {}",
             spread(&mut self.speed, 0),
             spread(&mut self.tunnel, 2),
             spread(&mut self.lab, 2)
@@ -118,35 +118,92 @@ impl Way {
     }
 }
 
-fn transfers(plan: &Plan) {
-    let mut lab = LabProcess::start(&["--relay-only", "--agents", "1"]);
-    lab.wait(|event| event["event"] == "fetch" && event["ok"] == true);
-    let (service, tunnel) = lab.pids();
-    let inner = u32::try_from(lab.ready["namespace_pid"].as_u64().unwrap()).unwrap();
-    let (address, bytes) = (lab.address(), plan.bytes.to_string());
-    let mut echoes = echo(&lab, &address, plan.echoes);
-    let before = (memory(tunnel), memory(service));
-    let (mut none, mut ways) = (Vec::new(), [Way::default(), Way::default()]);
-    for _ in 0..plan.rounds {
-        none.push(number(again(&lab, &["--baseline", &bytes])));
-        for (way, direction) in ways.iter_mut().zip(["down", "up"]) {
-            let begun = (cpu_seconds(tunnel), cpu_seconds(inner));
-            way.speed.push(number(again(&lab, &["--transfer", direction, &address, &bytes])));
-            let gigabytes = plan.bytes as f64 / 1e9;
-            way.tunnel.push((cpu_seconds(tunnel) - begun.0) / gigabytes);
-            way.lab.push((cpu_seconds(inner) - begun.1) / gigabytes);
+/// How the agent is reached: what the rows are called, the lab's argument for it, and the path as metrics name it.
+const KINDS: [(&str, Option<&str>, &str); 3] = [
+    ("relayed", Some("--relay-only"), "derp"),
+    ("direct", None, "direct"),
+    ("direct, agent singly", Some("--send-singly"), "direct"),
+];
+
+/// A lab, and what was measured through its tunnel.
+struct Line {
+    name: &'static str,
+    path: &'static str,
+    lab: LabProcess,
+    echoes: Vec<f64>,
+    before: [String; 2],
+    down: Way,
+    up: Way,
+}
+
+impl Line {
+    fn start((name, argument, path): (&'static str, Option<&str>, &'static str), plan: &Plan) -> Self {
+        let mut lab = LabProcess::start(&[argument.as_slice(), &["--agents", "1"]].concat());
+        lab.wait(|event| event["event"] == "fetch" && event["ok"] == true);
+        if path == "direct" {
+            let ping = lab.warren(&["ping", &lab.agents()[0], "--until-direct", "--count", "20"]);
+            assert!(ping.status.success(), "there is no direct path: {}", support::stderr(&ping));
+        }
+        let echoes = echo(&lab, &lab.address(), plan.echoes);
+        let before = memories(&lab);
+        Self { name, path, lab, echoes, before, down: Way::default(), up: Way::default() }
+    }
+
+    fn transfer(&mut self, direction: &str, bytes: u64) {
+        let inner = u32::try_from(self.lab.ready["namespace_pid"].as_u64().unwrap()).unwrap();
+        let (_, tunnel) = self.lab.pids();
+        let begun = (cpu_seconds(tunnel), cpu_seconds(inner));
+        let arguments = ["--transfer", direction, &self.lab.address(), &bytes.to_string()];
+        let speed = number(again(&self.lab, &arguments));
+        let way = if direction == "down" { &mut self.down } else { &mut self.up };
+        way.speed.push(speed);
+        way.tunnel.push((cpu_seconds(tunnel) - begun.0) / (bytes as f64 / 1e9));
+        way.lab.push((cpu_seconds(inner) - begun.1) / (bytes as f64 / 1e9));
+    }
+
+    /// Fails unless everything went the way that is to be measured.
+    fn check(&self, plan: &Plan) {
+        let payload = plan.bytes as f64 * plan.rounds as f64;
+        for family in ["warren_receive_bytes_total", "warren_transmit_bytes_total"] {
+            support::eventually(&format!("{family} of what was {}", self.name), || {
+                self.lab.sum(family, &[&format!("path=\"{}\"", self.path)]) >= payload
+            });
+            let all = self.lab.sum(family, &[]);
+            let other = all - self.lab.sum(family, &[&format!("path=\"{}\"", self.path)]);
+            assert!(other < all / 100.0, "{family}: {other} of {all} bytes were not {}", self.name);
         }
     }
+}
+
+/// Of the tunnel, then of the service.
+fn memories(lab: &LabProcess) -> [String; 2] {
+    let (service, tunnel) = lab.pids();
+    [memory(tunnel), memory(service)]
+}
+
+fn transfers(plan: &Plan) {
+    let mut lines = KINDS.map(|kind| Line::start(kind, plan));
+    let mut none = Vec::new();
+    for _ in 0..plan.rounds {
+        none.push(number(again(&lines[0].lab, &["--baseline", &plan.bytes.to_string()])));
+        for line in &mut lines {
+            line.transfer("down", plan.bytes);
+            line.transfer("up", plan.bytes);
+        }
+    }
+    lines.iter().for_each(|line| line.check(plan));
     println!("\n{} MB a transfer, one TCP stream, {} alternating rounds", plan.bytes >> 20, plan.rounds);
-    println!("  {:<22}{} Mbit/s", "no tunnel (loopback)", spread(&mut none, 0));
-    let [down, up] = &mut ways;
-    down.print("down through warren0");
-    up.print("up through warren0");
-    println!("  {:<22}tunnel {}; service {}", "memory before", before.0, before.1);
-    println!("  {:<22}tunnel {}; service {}", "memory after", memory(tunnel), memory(service));
-    println!("\nidle, through warren0 and the relay");
-    println!("  {:<22}{}", "echo (ICMPv6)", percentiles(&mut echoes));
-    lab.end();
+    println!("  {:<24}{} Mbit/s", "no tunnel (loopback)", spread(&mut none, 0));
+    for Line { name, lab, echoes, before, down, up, .. } in &mut lines {
+        println!("\nthrough warren0, {name}");
+        down.print("down");
+        up.print("up");
+        println!("  {:<24}{}", "echo (ICMPv6), idle", percentiles(echoes));
+        let after = memories(lab);
+        println!("  {:<24}tunnel {}; service {}", "memory before", before[0], before[1]);
+        println!("  {:<24}tunnel {}; service {}", "memory after", after[0], after[1]);
+    }
+    lines.into_iter().for_each(|line| line.lab.end());
 }
 
 fn starts(plan: &Plan) {
@@ -157,7 +214,7 @@ fn starts(plan: &Plan) {
         lab.end();
     }
     println!(
-        "  {:<22}{} ms after StartResponse, {} starts",
+        "\n  {:<24}{} ms after StartResponse, {} starts",
         "first ping reported",
         spread(&mut first, 1),
         plan.starts
