@@ -17,6 +17,8 @@ use crate::udp::{Gather, LocalPorts, MakeSockets, Received, Socket, Sockets, Udp
 /// For whoever still uses the old sockets.
 const RELEASE_LIMIT: Duration = Duration::from_millis(300);
 const RELEASE_LOOK: Duration = Duration::from_millis(1);
+/// Reads of a batch while single datagrams come fast: 64 of them. Of runs, one read is a batch.
+const MAX_READS: u32 = 8;
 /// After so many errors in a row a socket is left alone for a while.
 const MAX_ERRORS: u32 = 16;
 const ERROR_PAUSE: Duration = Duration::from_millis(50);
@@ -173,9 +175,17 @@ async fn receive_all(plane: &Plane, socket: &Socket) -> io::Result<()> {
         match socket.receive(&mut received) {
             Ok(()) => {
                 errors = 0;
-                let now = Instant::now();
+                let (now, mut reads) = (Instant::now(), 1);
                 gather.note(now, received.singles());
-                inbound.receive_direct(plane, &received, now);
+                inbound.receive_direct(plane, &mut received, now, |received| {
+                    let goes_on = reads < MAX_READS && received.is_full_of_singles();
+                    let has_more = goes_on && socket.receive(received).is_ok();
+                    if has_more {
+                        reads += 1;
+                        gather.note(now, received.singles());
+                    }
+                    has_more
+                });
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             // Of a datagram sent before; which one, the next round reads.

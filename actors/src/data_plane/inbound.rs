@@ -99,11 +99,22 @@ impl Inbound {
         self.finish(batch);
     }
 
-    /// Handles the batch of a socket.
-    pub(crate) fn receive_direct(&mut self, plane: &Plane, received: &Received, now: Instant) {
+    /// Handles the batch of a socket: what was read, and what `more` reads to it.
+    pub(crate) fn receive_direct(
+        &mut self,
+        plane: &Plane,
+        received: &mut Received,
+        now: Instant,
+        mut more: impl FnMut(&mut Received) -> bool,
+    ) {
         let mut batch = Batch::new(plane, now);
-        for (from, datagrams) in received.by_source() {
-            self.receive_from(&mut batch, from, datagrams);
+        loop {
+            for (from, datagrams) in received.by_source() {
+                self.receive_from(&mut batch, from, datagrams);
+            }
+            if !more(received) {
+                break;
+            }
         }
         self.finish(batch);
     }

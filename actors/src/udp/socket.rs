@@ -269,6 +269,11 @@ impl Received {
         if metas.iter().any(|meta| meta.stride < meta.len) { 0 } else { metas.len() }
     }
 
+    /// Whether the last batch brought nothing but single datagrams, and as many as one can.
+    pub(crate) fn is_full_of_singles(&self) -> bool {
+        self.singles() == MESSAGES
+    }
+
     /// In how many messages the last batch came.
     #[cfg(test)]
     pub(super) fn messages(&self) -> usize {
