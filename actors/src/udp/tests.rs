@@ -157,6 +157,24 @@ async fn a_run_that_no_device_cuts_is_sent_singly() {
 }
 
 #[tokio::test]
+async fn single_datagrams_are_told_from_runs_and_more_of_them_from_the_last() {
+    let (a, b) = (sockets(), sockets());
+    let to = SocketAddr::from((Ipv4Addr::LOCALHOST, b.ports().v4));
+    (0..20_u8).for_each(|number| a.send(to, &[number; 100]).unwrap());
+    b.v4.ready().await.unwrap();
+    let mut received = Received::default();
+    let reads = std::iter::from_fn(|| {
+        b.v4.receive(&mut received).ok()?;
+        Some((received.singles(), received.is_full_of_singles()))
+    });
+    assert_eq!(reads.collect::<Vec<_>>(), [(8, true), (8, true), (4, false)]);
+    (0..8).for_each(|_| a.v4.send(to, &[7; 800], Some(100)).unwrap());
+    b.v4.ready().await.unwrap();
+    b.v4.receive(&mut received).unwrap();
+    assert_eq!((received.messages(), received.is_full_of_singles()), (8, false));
+}
+
+#[tokio::test]
 async fn sockets_that_somebody_else_made_are_used_as_they_are() {
     let made = UdpSockets::bind(0).unwrap();
     let ports = made.ports();
