@@ -138,8 +138,8 @@ fn table(cells: &BTreeMap<String, String>) -> String {
          lines (`tests/nat/`; the internet in between is `tests/lab/src/internet.rs`, and needs no root). The agent \
          follows the reference's rules. A site is 5 ms from the world. The time counts from the start of the agent \
          to the first ping that is answered on the path that must result, the best of up to three agents; the reference \
-         counts from READY, which is later. Where networks change every second or two, STUN servers are not asked each \
-         time, and a direct path waits for that; data does not.\n\n\
+         counts from READY, which is later. Where networks change every second or two, a direct path may \
+         have to wait for the next look around; data does not.\n\n\
          Last measured {day} on {}, debug build, by `{COMMAND}`.\n\n\
          | between the two | must result | measured | test |\n|---|---|---|---|\n",
         machine(),

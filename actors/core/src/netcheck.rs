@@ -42,9 +42,9 @@ const PERIOD_SPREAD: Duration = Duration::from_secs(6);
 const IN_USE: Duration = Duration::from_secs(45);
 /// How often everybody is asked rather than the nearest.
 const FULL_PERIOD: Duration = Duration::from_secs(5 * 60);
-/// Runs that may begin within [`PACE_WINDOW`], whatever the reasons: a network that comes and goes every two
-/// seconds is still looked at each time.
-const MOST_RUNS: usize = 6;
+/// Runs that may begin within [`PACE_WINDOW`], whatever the reasons: a network that comes and goes every
+/// second is still looked at each time.
+const MOST_RUNS: usize = 12;
 const PACE_WINDOW: Duration = Duration::from_secs(12);
 
 /// An IP version.

@@ -535,14 +535,14 @@ fn a_socket_that_refuses_everything_should_be_replaced_and_a_name_without_addres
 }
 
 #[test]
-fn triggers_without_end_are_answered_by_a_run_every_two_seconds_on_average() {
+fn triggers_without_end_are_answered_by_a_run_a_second_on_average() {
     let mut it = Setting::new(ONLY_V4, [region(1, &[server("a")])]);
     for _ in 0..6000 {
         it.netcheck.handle_trigger(it.now(), Trigger::NetworkChanged);
         it.pass(10);
     }
     let runs = it.sent().len() / 3;
-    assert!((25..=36).contains(&runs), "{runs} runs in a minute");
+    assert!((50..=72).contains(&runs), "{runs} runs in a minute");
 }
 
 /// What may happen to a netcheck.
