@@ -6,6 +6,7 @@
 //! that a change is judged by what it changes; with it so many others.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
+mod clock;
 mod engine;
 mod network;
 mod outages;
