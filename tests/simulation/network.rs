@@ -97,6 +97,7 @@ pub(crate) struct Network<P> {
     payloads: BTreeMap<u64, P>,
     count: u64,
     fates: BTreeMap<Fate, u64>,
+    ended: Vec<(Fate, P)>,
 }
 
 struct Site {
@@ -132,6 +133,7 @@ impl<P: Clone> Network<P> {
             payloads: BTreeMap::new(),
             count: 0,
             fates: BTreeMap::new(),
+            ended: Vec::new(),
         }
     }
 
@@ -201,6 +203,11 @@ impl<P: Clone> Network<P> {
         &self.fates
     }
 
+    /// Those that did not arrive since this was asked last.
+    pub(crate) fn take_ended(&mut self) -> Vec<(Fate, P)> {
+        std::mem::take(&mut self.ended)
+    }
+
     /// A host sends `length` bytes from one of its ports.
     pub(crate) fn send(
         &mut self,
@@ -214,7 +221,7 @@ impl<P: Clone> Network<P> {
         let Host { site, addresses } = &self.hosts[host.0];
         let site = *site;
         let own = addresses.iter().find(|own| own.is_ipv4() == to.is_ipv4()).copied();
-        let Some(own) = own else { return self.end(Fate::Unreachable) };
+        let Some(own) = own else { return self.end(Fate::Unreachable, payload) };
         let inner = SocketAddr::new(own, port);
         if self.host_in(Some(site), to.ip()).is_some() {
             return self.fly(now, inner, to, Some(site), payload);
@@ -226,18 +233,18 @@ impl<P: Clone> Network<P> {
         };
         let conditions = self.sites[site].conditions;
         if conditions.is_cut_out {
-            return self.end(Fate::Cut);
+            return self.end(Fate::Cut, payload);
         }
         if length + HEADERS[usize::from(to.is_ipv6())] > conditions.mtu {
-            return self.end(Fate::TooLarge);
+            return self.end(Fate::TooLarge, payload);
         }
         if self.happens(conditions.loss) {
-            return self.end(Fate::Lost);
+            return self.end(Fate::Lost, payload);
         }
-        let Some(target) = self.site_at(to.ip()) else { return self.end(Fate::Unreachable) };
+        let Some(target) = self.site_at(to.ip()) else { return self.end(Fate::Unreachable, payload) };
         let there = self.sites[target].conditions;
         if length + HEADERS[usize::from(to.is_ipv6())] > there.mtu {
-            return self.end(Fate::TooLarge);
+            return self.end(Fate::TooLarge, payload);
         }
         let copies = if self.happens(conditions.duplicates) { 2 } else { 1 };
         for _ in 0..copies {
@@ -260,7 +267,7 @@ impl<P: Clone> Network<P> {
             let payload = self.payloads.remove(&flight.number)?;
             match self.land(&flight) {
                 Ok((at, to)) => return Some(Arrival { at, to, from: flight.from, payload }),
-                Err(fate) => self.end(fate),
+                Err(fate) => self.end(fate, payload),
             }
         }
     }
@@ -293,8 +300,9 @@ impl<P: Clone> Network<P> {
         self.flights.push(Reverse(Flight { due, number: self.count, from, to, site }));
     }
 
-    fn end(&mut self, fate: Fate) {
+    fn end(&mut self, fate: Fate, payload: P) {
         *self.fates.entry(fate).or_default() += 1;
+        self.ended.push((fate, payload));
     }
 
     fn happens(&mut self, per_thousand: u32) -> bool {

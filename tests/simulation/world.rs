@@ -1,4 +1,5 @@
-//! Peers, a relay, a control plane and a STUN server in one network, and the clock that drives them.
+//! Peers, a relay, a control plane and a STUN server in one network, and the clock that drives them. There is no core of
+//! a relay to drive: the link is up or down, and takes its time.
 
 use std::{
     collections::BTreeMap,
@@ -7,39 +8,44 @@ use std::{
 };
 
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
-use warren_core::path::{Direct, Effect, RelayStands, Route, Via};
+use warren_actors::wireguard::TICK;
+use warren_core::path::{Direct, RelayStands, Via};
 use warren_lab::nat::Kind;
-use warren_proto::disco::{PADDED, TxId};
-
-use super::{
-    engine::Make,
-    network::{Arrival, Conditions, Families, HostId, Network},
-    peer::{Data, Peer, PeerId, REGION, Reaction, Said},
+use warren_proto::{
+    key::NodePrivate,
+    tailnet::{CoordinateRequest, CoordinateResponse},
 };
 
-/// Each way through the relay, and to the control plane and back.
+use super::{
+    clock,
+    control::{Control, Outcome},
+    engine::Make,
+    loss::Loss,
+    network::{Arrival, Conditions, Families, HostId, Network},
+    peer::{Peer, PeerId, REGION, Said},
+};
+
+mod messages;
+
+/// Each way through the relay, to the control plane and back.
 const RELAY_DELAY: Duration = Duration::from_millis(20);
-const CONTROL_DELAY: Duration = Duration::from_millis(60);
-/// The control plane says that both know each other.
-pub(crate) const READY_AFTER: Duration = Duration::from_millis(120);
-/// A relay that does not answer is known to be down after so long.
-const PROOF_LIMIT: Duration = Duration::from_secs(3);
+const CONTROL_DELAY: Duration = Duration::from_millis(30);
+/// After so long a peer tells the control plane where it is: STUN servers have answered, if nothing delays them.
+const LOOKED_AFTER: Duration = Duration::from_millis(40);
+/// A client knows that the agent knows it, and programs it: when its node has come to the agent, and READY back.
+pub(crate) const READY_AFTER: Duration = LOOKED_AFTER.saturating_add(CONTROL_DELAY.saturating_mul(4));
 /// How often peers look for their own addresses.
 const STUN_PERIOD: Duration = Duration::from_secs(23);
 const STUN_PORT: u16 = 3478;
 /// Bytes of a STUN message.
 const STUN_LENGTH: usize = 40;
-/// Bytes of the largest data datagram.
-const DATA_LENGTH: usize = 1312;
-/// Answers to what was sent before a change have arrived by then.
-const STEADY_AFTER: Duration = Duration::from_secs(2);
 /// More events than this at one moment are a loop.
 const MAX_AT_ONCE: usize = 10_000;
 
 /// What goes through the network.
 #[derive(Debug, Clone)]
 pub(crate) enum Packet {
-    Said(PeerId, Said),
+    Said { from: PeerId, to: PeerId, said: Said },
     StunQuestion,
     StunAnswer(SocketAddr),
 }
@@ -51,12 +57,18 @@ enum Event {
     Relayed { from: PeerId, to: PeerId, said: Said },
     /// The relay has answered a peer, or has had the time to.
     Proof(PeerId, RelayStands),
-    /// The control plane tells a peer of another's endpoints.
-    Node { of: PeerId, to: PeerId, endpoints: Vec<SocketAddr> },
-    /// The control plane says that both know each other.
-    Ready(PeerId),
+    /// A peer's stream to the control plane begins.
+    Connect(PeerId),
+    /// The control plane is asked something.
+    Request { from: PeerId, request: Box<CoordinateRequest> },
+    /// The control plane tells a peer something.
+    Response { to: PeerId, response: CoordinateResponse },
     /// Time for STUN.
     Stun(PeerId),
+    /// Time to tell what STUN has shown.
+    Publish(PeerId),
+    /// Time passes for a peer's tunnels.
+    Tick(PeerId),
     /// The next packet of a stream, if that has not changed since.
     Traffic { from: PeerId, stream: u64 },
 }
@@ -64,10 +76,6 @@ enum Event {
 /// What was seen.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
-    /// Datagrams that no receive map knew.
-    pub(crate) unknown_source: u64,
-    /// What a relay link that was down did not carry.
-    pub(crate) not_relayed: u64,
     /// The most messages besides data that each peer sent in one second.
     pub(crate) busiest_second: Vec<u64>,
     /// Whenever a peer of ours took another way: when, and which address; none is the relay.
@@ -77,13 +85,14 @@ pub(crate) struct Seen {
 /// A world.
 pub(crate) struct World {
     pub(crate) now: Instant,
+    pub(crate) began: Instant,
     pub(crate) network: Network<Packet>,
     pub(crate) peers: Vec<Peer>,
     pub(crate) seen: Seen,
     /// When the conditions changed last.
     pub(crate) changed_at: Instant,
-    /// When the translators of sites started anew last.
     stun: HostId,
+    control: Control,
     chance: SmallRng,
     events: BTreeMap<(Instant, u64), Event>,
     count: u64,
@@ -101,19 +110,26 @@ impl World {
         }
         let place_of_stun = network.add_site(None);
         let stun = network.add_host(place_of_stun, Families::Both);
-        let peer = |(index, (make, site, families)): (usize, &(Make, usize, Families))| {
+        let now = Instant::now();
+        clock::set(Duration::ZERO);
+        let mut chance = SmallRng::seed_from_u64(!seed);
+        let makes: Vec<Make> = places.iter().map(|(make, ..)| *make).collect();
+        let keys: Vec<NodePrivate> =
+            places.iter().map(|_| NodePrivate::from_bytes(chance.random())).collect();
+        let peer = |(index, (_, site, families)): (usize, &(Make, usize, Families))| {
             let host = network.add_host(*site, *families);
-            Peer::new(*make, host, 41641 + index as u16)
+            Peer::new(now, PeerId(index), &keys, &makes, host, 41641 + index as u16)
         };
         let peers: Vec<Peer> = places.iter().enumerate().map(peer).collect();
-        let now = Instant::now();
         let mut world = Self {
             now,
+            began: now,
             network,
             seen: Seen { busiest_second: vec![0; peers.len()], ..Seen::default() },
             changed_at: now,
             stun,
-            chance: SmallRng::seed_from_u64(!seed),
+            control: Control::default(),
+            chance,
             events: BTreeMap::new(),
             count: 0,
             streams: vec![(0, None); peers.len()],
@@ -121,11 +137,10 @@ impl World {
             peers,
         };
         for id in world.ids() {
-            for other in world.ids().filter(|other| *other != id) {
-                world.peers[id.0].other(other);
-            }
+            let phase = TICK.mul_f64(world.chance.random());
             world.at(Duration::ZERO, Event::Stun(id));
-            world.at(READY_AFTER, Event::Ready(id));
+            world.at(LOOKED_AFTER, Event::Connect(id));
+            world.at(phase, Event::Tick(id));
         }
         world
     }
@@ -141,10 +156,15 @@ impl World {
         while let Some(due) = self.poll_timeout().filter(|due| *due <= end) {
             at_once = if due > self.now { 0 } else { at_once + 1 };
             assert!(at_once < MAX_AT_ONCE, "time stands still");
-            self.now = self.now.max(due);
+            self.pass_to(self.now.max(due));
             self.step();
         }
-        self.now = end;
+        self.pass_to(end);
+    }
+
+    fn pass_to(&mut self, now: Instant) {
+        self.now = now;
+        clock::set(now - self.began);
     }
 
     /// A peer sends a packet to each other one every `pause` from now on; `None`: not any more.
@@ -188,7 +208,9 @@ impl World {
 
     /// Whether a peer has its link to the relay.
     pub(crate) fn set_relay(&mut self, id: PeerId, is_up: bool) {
-        self.peers[id.0].has_relay = is_up;
+        clock::set(self.now - self.began);
+        let cold = self.peers[id.0].set_relay(is_up);
+        self.warm_up(id, cold);
     }
 
     /// Whether a peer wants direct paths.
@@ -199,6 +221,21 @@ impl World {
             self.publish(id);
         }
         self.carry_out(id);
+    }
+
+    /// How many packets were sent until then.
+    pub(crate) fn sent_until(&self, from: PeerId, to: PeerId, then: Instant) -> u64 {
+        self.peers[from.0].others[&to].sent.partition_point(|at| *at <= then) as u64
+    }
+
+    /// The numbers of packets that were sent in a span of time and have not come, and of which nobody knows why.
+    pub(crate) fn unexplained(&self, from: PeerId, to: PeerId, after: Instant, until: Instant) -> Vec<u64> {
+        let other = &self.peers[from.0].others[&to];
+        let came = &self.peers[to.0].others[&from].received;
+        let is_known =
+            |it: &u64| came.contains(it) || other.losses.explain(*it) || other.tunnel.waiting().contains(it);
+        let numbers = self.sent_until(from, to, after) + 1..=self.sent_until(from, to, until);
+        numbers.filter(|it| !is_known(it)).collect()
     }
 
     /// Everything works again.
@@ -233,10 +270,14 @@ impl World {
             self.happen(event);
         }
         for id in self.ids() {
-            for (to, data, route) in self.peers[id.0].handle_timeout(self.now) {
-                self.transmit(id, to, data, route);
-            }
+            self.peers[id.0].handle_timeout(self.now);
             self.carry_out(id);
+            self.coordinate(id, |now, peer| peer.coordinate(now));
+        }
+        for (fate, packet) in self.network.take_ended() {
+            if let Packet::Said { from, to, said } = packet {
+                self.lose(from, to, &said, Loss::Network(fate));
+            }
         }
     }
 
@@ -247,13 +288,14 @@ impl World {
             return self.network.send(self.now, at, STUN_PORT, from, STUN_LENGTH, answer);
         }
         let Some(id) = self.ids().find(|id| self.peers[id.0].host == at) else { return };
-        if self.peers[id.0].port != to.port() {
-            return;
-        }
+        let is_open = self.peers[id.0].port == to.port();
         match payload {
-            Packet::Said(sender, said) => self.hear(id, sender, Via::Direct(from), said),
-            Packet::StunAnswer(mapped) => self.note_mapping(id, mapped),
-            Packet::StunQuestion => {}
+            Packet::Said { from: sender, said, .. } if is_open => {
+                self.hear(id, sender, Via::Direct(from), said);
+            }
+            Packet::Said { from: sender, to: meant, said } => self.lose(sender, meant, &said, Loss::Closed),
+            Packet::StunAnswer(mapped) if is_open => self.note_mapping(id, mapped),
+            Packet::StunAnswer(_) | Packet::StunQuestion => {}
         }
     }
 
@@ -262,14 +304,23 @@ impl World {
             Event::Relayed { from, to, said } if self.peers[to.0].has_relay => {
                 self.hear(to, from, Via::Relay(REGION), said);
             }
-            Event::Relayed { .. } => self.seen.not_relayed += 1,
+            Event::Relayed { from, to, said } => self.lose(from, to, &said, Loss::Relay),
             Event::Proof(id, stands) => self.peers[id.0].prove_relay(self.now, stands),
-            Event::Node { of, to, endpoints } => {
-                self.peers[to.0].other(of).path.handle_node(self.now, &endpoints);
+            Event::Connect(id) => self.coordinate(id, |now, peer| peer.member.connect(now)),
+            Event::Request { from, request } => {
+                for (to, response) in self.control.handle(from, *request) {
+                    self.at(CONTROL_DELAY, Event::Response { to, response });
+                }
             }
-            Event::Ready(id) => {
-                let others = self.peers[id.0].others.values_mut();
-                others.for_each(|other| other.path.handle_ready(self.now));
+            Event::Response { to, response } => {
+                self.coordinate(to, |now, peer| peer.hear_control(now, &response));
+            }
+            Event::Publish(id) => self.publish(id),
+            Event::Tick(id) => {
+                let outgoing = self.peers[id.0].tick(self.now);
+                self.transmit(id, outgoing);
+                self.carry_out(id);
+                self.at(TICK, Event::Tick(id));
             }
             Event::Stun(id) => {
                 self.look_for_addresses(id);
@@ -291,98 +342,37 @@ impl World {
     }
 
     fn send_packet(&mut self, from: PeerId, to: PeerId) {
-        let (data, route) = self.peers[from.0].send(self.now, to);
-        self.transmit(from, to, data, route);
+        let outgoing = self.peers[from.0].send(self.now, to);
+        self.transmit(from, outgoing);
         self.carry_out(from);
     }
 
-    fn hear(&mut self, id: PeerId, sender: PeerId, via: Via, said: Said) {
-        let is_question = self.peers[id.0].is_question(sender, &said);
-        match self.peers[id.0].hear(self.now, sender, via, said) {
-            Reaction::Taken if is_question => self.send_packet(id, sender),
-            Reaction::Taken => {}
-            Reaction::UnknownSource => self.seen.unknown_source += 1,
-            Reaction::Answer(said) => match via {
-                Via::Direct(to) => self.send(id, to, sender, said),
-                Via::Relay(_) => self.relay(id, sender, said),
-            },
+    /// Has a peer do what follows from what it is told by its coordination.
+    fn coordinate(&mut self, id: PeerId, input: impl FnOnce(Instant, &mut Peer) -> Outcome) {
+        let Outcome { map_changed, requests } = input(self.now, &mut self.peers[id.0]);
+        for request in requests {
+            self.at(CONTROL_DELAY, Event::Request { from: id, request: Box::new(request) });
         }
-        self.carry_out(id);
-    }
-
-    fn transmit(&mut self, from: PeerId, to: PeerId, data: Data, route: Route) {
-        if let Some(address) = route.direct {
-            self.send(from, address, to, Said::Data(data));
-        }
-        if route.relay {
-            self.relay(from, to, Said::Data(data));
-        }
-    }
-
-    /// Carries out what the paths of a peer want done.
-    fn carry_out(&mut self, id: PeerId) {
-        for to in self.ids().filter(|to| *to != id) {
-            loop {
-                let chance = &mut self.chance;
-                let mut txid = || -> TxId { chance.random() };
-                let Some(effect) = self.peers[id.0].other(to).path.poll_effect(&mut txid) else { break };
-                self.effect(id, to, effect);
-            }
-        }
-    }
-
-    fn effect(&mut self, id: PeerId, to: PeerId, effect: Effect) {
-        match effect {
-            Effect::Ping { to: address, txid } => self.send(id, address, to, Said::Ping(txid)),
-            Effect::RelayPing { txid } => self.relay(id, to, Said::Ping(txid)),
-            Effect::CallMeMaybe(endpoints) => self.relay(id, to, Said::CallMeMaybe(endpoints)),
-            Effect::RefreshEndpoints => self.look_for_addresses(id),
-            Effect::ProveRelay => {
-                let (pause, stands) = match self.peers[id.0].has_relay {
-                    true => (2 * RELAY_DELAY, RelayStands::Alive),
-                    false => (PROOF_LIMIT, RelayStands::Down),
-                };
-                self.at(pause, Event::Proof(id, stands));
-            }
-            Effect::Changed { to: Some(address), .. } => {
-                self.seen.changes.push((self.now, id, Some(address)));
-                let is_steady = self.now > self.changed_at + STEADY_AFTER;
-                let is_open = self.network.is_open(self.peers[id.0].host, address);
-                assert!(is_open || !is_steady, "{id:?} takes {address}, which is dead");
-            }
-            Effect::Changed { to: None, .. } => self.seen.changes.push((self.now, id, None)),
-            Effect::Verified(address) => self.peers[id.0].verify(address, to),
-            Effect::Forgotten(address) => self.peers[id.0].forget(address, to),
-        }
-    }
-
-    fn send(&mut self, from: PeerId, address: SocketAddr, to: PeerId, said: Said) {
-        let length = if matches!(said, Said::Data(_)) { DATA_LENGTH } else { PADDED };
-        self.note_sent(from, &said);
-        let Peer { host, port, .. } = self.peers[from.0];
-        debug_assert_ne!(from, to);
-        self.network.send(self.now, host, port, address, length, Packet::Said(from, said));
-    }
-
-    fn relay(&mut self, from: PeerId, to: PeerId, said: Said) {
-        self.note_sent(from, &said);
-        if self.peers[from.0].has_relay {
-            self.at(RELAY_DELAY, Event::Relayed { from, to, said });
-        } else {
-            self.seen.not_relayed += 1;
-        }
-    }
-
-    fn note_sent(&mut self, from: PeerId, said: &Said) {
-        if matches!(said, Said::Data(_)) {
+        if !map_changed {
             return;
         }
-        if self.now >= self.second.0 + Duration::from_secs(1) {
-            self.second = (self.now, vec![0; self.peers.len()]);
+        let were_warm = self.count_warm(id);
+        let cold = self.peers[id.0].program(self.now);
+        assert!(were_warm == self.count_warm(id) || self.now == self.began + READY_AFTER);
+        self.carry_out(id);
+        self.warm_up(id, cold);
+    }
+
+    fn count_warm(&self, id: PeerId) -> usize {
+        self.peers[id.0].others.values().filter(|other| other.is_warm()).count()
+    }
+
+    fn warm_up(&mut self, id: PeerId, cold: Vec<PeerId>) {
+        for to in cold {
+            let outgoing = self.peers[id.0].warm(self.now, to);
+            self.transmit(id, outgoing);
         }
-        self.second.1[from.0] += 1;
-        let busiest = &mut self.seen.busiest_second[from.0];
-        *busiest = self.second.1[from.0].max(*busiest);
+        self.carry_out(id);
     }
 
     fn look_for_addresses(&mut self, id: PeerId) {
@@ -393,6 +383,8 @@ impl World {
         }
         let own = self.network.addresses(host).iter().map(|ip| SocketAddr::new(*ip, port)).collect();
         self.collect(id, own);
+        self.peers[id.0].looked_at = self.now;
+        self.at(LOOKED_AFTER, Event::Publish(id));
     }
 
     fn note_mapping(&mut self, id: PeerId, mapped: SocketAddr) {
@@ -400,20 +392,20 @@ impl World {
         if !endpoints.contains(&mapped) {
             let endpoints = [mapped].into_iter().chain(endpoints.iter().copied()).collect();
             self.collect(id, endpoints);
+            if self.now > self.peers[id.0].looked_at + LOOKED_AFTER {
+                self.publish(id);
+            }
         }
     }
 
     fn collect(&mut self, id: PeerId, endpoints: Vec<SocketAddr>) {
         self.peers[id.0].collect(self.now, endpoints);
-        self.publish(id);
         self.carry_out(id);
     }
 
     fn publish(&mut self, id: PeerId) {
-        let endpoints = self.peers[id.0].published();
-        for to in self.ids().filter(|to| *to != id) {
-            self.at(CONTROL_DELAY, Event::Node { of: id, to, endpoints: endpoints.clone() });
-        }
+        let (now, peer) = (self.now, &mut self.peers[id.0]);
+        peer.member.set_endpoints(now, peer.published());
     }
 
     fn at(&mut self, pause: Duration, event: Event) {

@@ -1,0 +1,136 @@
+//! Messages on their way between peers, and what paths want done.
+
+use std::{net::SocketAddr, time::Duration};
+
+use rand::RngExt;
+use warren_core::path::{Effect, RelayStands, Via};
+use warren_proto::disco::{PADDED, TxId};
+
+use super::{Event, Packet, RELAY_DELAY, World};
+use crate::{
+    loss::Loss,
+    peer::{Heard, Outgoing, Peer, PeerId, Said},
+    tunnel::Message,
+};
+
+/// A relay that does not answer is known to be down after so long.
+const PROOF_LIMIT: Duration = Duration::from_secs(3);
+/// Answers to what was sent before a change have arrived by then.
+const STEADY_AFTER: Duration = Duration::from_secs(2);
+
+impl World {
+    pub(super) fn hear(&mut self, id: PeerId, sender: PeerId, via: Via, said: Said) {
+        match &said {
+            Said::WireGuard(message) => self.open(id, sender, via, message),
+            Said::Ping(_) | Said::Pong { .. } | Said::CallMeMaybe(_) => {
+                match (self.peers[id.0].probe(self.now, sender, via, said), via) {
+                    (Some(answer), Via::Direct(to)) => self.send(id, to, sender, answer),
+                    (Some(answer), Via::Relay(_)) => self.relay(id, sender, answer),
+                    (None, _) => {}
+                }
+            }
+        }
+        self.carry_out(id);
+    }
+
+    fn open(&mut self, id: PeerId, sender: PeerId, via: Via, message: &Message) {
+        match self.peers[id.0].open(self.now, sender, via, message) {
+            Ok(Heard { is_news, outgoing }) => {
+                self.transmit(id, outgoing);
+                if is_news && self.peers[id.0].is_answering {
+                    self.send_packet(id, sender);
+                }
+            }
+            Err(loss) => self.lose_message(sender, id, message, loss),
+        }
+    }
+
+    pub(super) fn transmit(&mut self, from: PeerId, outgoing: impl IntoIterator<Item = Outgoing>) {
+        for Outgoing { to, message, route } in outgoing {
+            if let Some(address) = route.direct {
+                self.send(from, address, to, Said::WireGuard(message.clone()));
+            }
+            if route.relay {
+                self.relay(from, to, Said::WireGuard(message));
+            }
+        }
+    }
+
+    pub(super) fn lose(&mut self, from: PeerId, to: PeerId, said: &Said, loss: Loss) {
+        if let Said::WireGuard(message) = said {
+            self.lose_message(from, to, message, loss);
+        }
+    }
+
+    fn lose_message(&mut self, from: PeerId, to: PeerId, message: &Message, loss: Loss) {
+        if let Some(number) = message.number {
+            self.peers[from.0].other(to).losses.note(number, loss);
+        }
+    }
+
+    /// Carries out what the paths of a peer want done.
+    pub(super) fn carry_out(&mut self, id: PeerId) {
+        for to in self.ids().filter(|to| *to != id) {
+            loop {
+                let chance = &mut self.chance;
+                let mut txid = || -> TxId { chance.random() };
+                let Some(effect) = self.peers[id.0].other(to).path.poll_effect(&mut txid) else { break };
+                self.effect(id, to, effect);
+            }
+        }
+    }
+
+    fn effect(&mut self, id: PeerId, to: PeerId, effect: Effect) {
+        match effect {
+            Effect::Ping { to: address, txid } => self.send(id, address, to, Said::Ping(txid)),
+            Effect::RelayPing { txid } => self.relay(id, to, Said::Ping(txid)),
+            Effect::CallMeMaybe(endpoints) => self.relay(id, to, Said::CallMeMaybe(endpoints)),
+            Effect::RefreshEndpoints => self.look_for_addresses(id),
+            Effect::ProveRelay => {
+                let (pause, stands) = match self.peers[id.0].has_relay {
+                    true => (2 * RELAY_DELAY, RelayStands::Alive),
+                    false => (PROOF_LIMIT, RelayStands::Down),
+                };
+                self.at(pause, Event::Proof(id, stands));
+            }
+            Effect::Changed { to: Some(address), .. } => {
+                self.seen.changes.push((self.now, id, Some(address)));
+                let is_steady = self.now > self.changed_at + STEADY_AFTER;
+                let is_open = self.network.is_open(self.peers[id.0].host, address);
+                assert!(is_open || !is_steady, "{id:?} takes {address}, which is dead");
+            }
+            Effect::Changed { to: None, .. } => self.seen.changes.push((self.now, id, None)),
+            Effect::Verified(address) => self.peers[id.0].verify(address, to),
+            Effect::Forgotten(address) => self.peers[id.0].forget(address, to),
+        }
+    }
+
+    fn send(&mut self, from: PeerId, address: SocketAddr, to: PeerId, said: Said) {
+        let length = if let Said::WireGuard(message) = &said { message.length() } else { PADDED };
+        self.note_sent(from, &said);
+        let Peer { host, port, .. } = self.peers[from.0];
+        debug_assert_ne!(from, to);
+        self.network.send(self.now, host, port, address, length, Packet::Said { from, to, said });
+    }
+
+    fn relay(&mut self, from: PeerId, to: PeerId, said: Said) {
+        self.note_sent(from, &said);
+        if self.peers[from.0].has_relay {
+            self.at(RELAY_DELAY, Event::Relayed { from, to, said });
+        } else {
+            self.lose(from, to, &said, Loss::Relay);
+        }
+    }
+
+    fn note_sent(&mut self, from: PeerId, said: &Said) {
+        if matches!(said, Said::WireGuard(message) if message.number.is_some()) {
+            return;
+        }
+        if self.now >= self.second.0 + Duration::from_secs(1) {
+            self.second = (self.now, vec![0; self.peers.len()]);
+        }
+        self.second.1[from.0] += 1;
+        let busiest = &mut self.seen.busiest_second[from.0];
+        *busiest = self.second.1[from.0].max(*busiest);
+    }
+}
