@@ -36,6 +36,8 @@ const HANDSHAKES_PER_SECOND: u64 = 4096;
 const UNANSWERED_LIMIT: Duration = Duration::from_secs(15);
 /// boringtun counts [`UNANSWERED_LIMIT`] from the last receive, rounded to its ticks: from here on it may fire.
 const SILENCE_BEFORE_HOLD: Duration = Duration::from_secs(14);
+/// A handshake that the peer began is completed or tried again by then (wireguard: 5 s).
+const HANDSHAKE_RETRY: Duration = Duration::from_secs(5);
 /// From this age on a session is renewed anyway, and boringtun's timers are never held.
 const REKEY_AFTER: Duration = Duration::from_secs(120);
 
@@ -231,12 +233,16 @@ struct Boring {
 
 impl Engine for Boring {
     fn seal(&mut self, now: Instant, packet: &[u8], out: &mut [u8]) -> Sealed {
+        // boringtun would drop it and, without a handshake under way, not let us see that.
+        if self.waiting == MAX_WAITING && !self.has_session() {
+            return Sealed::Refused;
+        }
         match self.tunnel.encapsulate(packet, out) {
             TunnResult::WriteToNetwork(sent) => {
                 let (kind, len) = (kind(sent), sent.len());
                 self.note_sent(now, kind);
                 if kind != Some(TRANSPORT) {
-                    self.waiting = MAX_WAITING.min(self.waiting + 1);
+                    self.waiting += 1;
                     return Sealed::Handshake(len);
                 }
                 if !packet.is_empty() {
@@ -244,14 +250,13 @@ impl Engine for Boring {
                 }
                 Sealed::Data(len)
             }
-            TunnResult::Done if self.waiting < MAX_WAITING => {
+            TunnResult::Done => {
                 self.waiting += 1;
                 Sealed::Waiting
             }
-            TunnResult::Done
-            | TunnResult::Err(_)
-            | TunnResult::WriteToTunnelV4(..)
-            | TunnResult::WriteToTunnelV6(..) => Sealed::Refused,
+            TunnResult::Err(_) | TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..) => {
+                Sealed::Refused
+            }
         }
     }
 
@@ -303,12 +308,14 @@ impl Engine for Boring {
                 self.note_sent(now, kind);
                 return Ticked::Send(len);
             }
-            TunnResult::Err(WireGuardError::ConnectionExpired) if self.is_initiating => {
+            TunnResult::Err(WireGuardError::ConnectionExpired) if self.is_initiating || self.waiting > 0 => {
                 self.is_initiating = false;
                 return Ticked::GaveUp { lost: std::mem::take(&mut self.waiting) };
             }
-            TunnResult::Err(WireGuardError::ConnectionExpired) => self.waiting = 0,
             _ => {}
+        }
+        if self.are_packets_stranded(now) {
+            return self.send_initiation(now, out).map_or(Ticked::Nothing, Ticked::Send);
         }
         self.keep_alive(now, out)
     }
@@ -395,6 +402,13 @@ impl Boring {
         // boringtun's clock goes on while the machine sleeps; ours does not.
         let is_alive = self.tunnel.time_since_last_handshake().is_some_and(|age| age < REKEY_AFTER);
         is_young && is_alive && was_idle && is_patient && !self.is_initiating
+    }
+
+    /// boringtun gives up its own handshake for one that the peer begins. When that comes to nothing, nobody tries for
+    /// the packets that wait.
+    fn are_packets_stranded(&self, now: Instant) -> bool {
+        let is_late = now.saturating_duration_since(self.last_received) >= HANDSHAKE_RETRY;
+        self.waiting > 0 && !self.is_initiating && is_late && !self.has_session()
     }
 
     fn keep_alive(&mut self, now: Instant, out: &mut [u8]) -> Ticked {
@@ -511,6 +525,36 @@ mod tests {
         pair.shake_hands();
         assert_eq!(std::iter::from_fn(|| drain(&mut *pair.a)).count() as u64, MAX_WAITING);
         assert_eq!(pair.a_to_b(&packet(64)), packet(64));
+    }
+
+    #[test]
+    fn packets_whose_handshake_gave_way_to_one_that_came_to_nothing_are_tried_for_again() {
+        let mut pair = Pair::new();
+        let now = Instant::now();
+        assert!(matches!(pair.a.seal(now, &packet_padded(64), &mut room()), Sealed::Handshake(148)));
+        let mut out = room();
+        let len = pair.b.initiate(now, &mut out).unwrap();
+        let _lost = answer(&mut *pair.a, &out[..len], Session::Unchanged);
+        assert_eq!(pair.a.tick(now + Duration::from_secs(4), &mut out), Ticked::Nothing);
+        assert_eq!(pair.a.tick(now + Duration::from_secs(6), &mut out), Ticked::Send(148));
+        let response = answer(&mut *pair.b, &out[..148], Session::Unchanged);
+        answer(&mut *pair.a, &response, Session::New);
+        assert_eq!(opened_packet(&mut *pair.b, &drain(&mut *pair.a).unwrap()), packet(64));
+    }
+
+    #[test]
+    fn a_packet_too_many_is_refused_also_when_no_handshake_is_under_way() {
+        let mut pair = Pair::new();
+        let now = Instant::now();
+        let mut out = room();
+        for _ in 0..MAX_WAITING {
+            assert_ne!(pair.a.seal(now, &packet_padded(64), &mut out), Sealed::Refused);
+        }
+        let len = pair.b.initiate(now, &mut out).unwrap();
+        let _lost = answer(&mut *pair.a, &out[..len], Session::Unchanged);
+        assert_eq!(pair.a.seal(now, &packet_padded(64), &mut room()), Sealed::Refused);
+        pair.shake_hands();
+        assert_eq!(std::iter::from_fn(|| drain(&mut *pair.a)).count() as u64, MAX_WAITING);
     }
 
     #[test]
