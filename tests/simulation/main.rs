@@ -15,6 +15,7 @@ mod network;
 mod outages;
 mod peer;
 mod promises;
+mod sessions;
 mod tunnel;
 mod world;
 

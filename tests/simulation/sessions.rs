@@ -1,0 +1,42 @@
+//! When there is a session again, where there was no way for one.
+
+use std::time::Duration;
+
+use super::{
+    Change, PAIRS, SECOND, Story, WITH_REFERENCE, engine::Make, everything_comes_after, happen, peer::PeerId,
+    world::World,
+};
+
+/// A handshake is repeated after 5 s; then it takes a tick, and a round trip or two.
+const REPEATED_AFTER: Duration = Duration::from_millis(5500);
+/// A handshake that begins at once takes the ways there, back, and there again.
+const AT_ONCE: Duration = Duration::from_millis(100);
+
+/// Two that never had a way to each other, since the link of one to the relay was down for so long.
+fn apart(makes: [Make; 2], down: PeerId, span: Duration) -> World {
+    let mut world = Story::quiet(makes, [None; 2]).begin();
+    happen(&mut world, &Change::Cut { site: 0, out: true, r#in: true });
+    world.set_relay(down, false);
+    world.run(span);
+    assert!(!have_session(&world), "there is no way for one");
+    world
+}
+
+fn have_session(world: &World) -> bool {
+    PAIRS.into_iter().all(|(from, to)| world.peers[from.0].others[&to].tunnel.has_session())
+}
+
+/// The second span is one after which a handshake was given up, and begun again for what is sent.
+#[test]
+fn once_the_relay_is_back_there_is_a_session_at_once_if_it_was_our_link_and_else_when_the_handshake_is_repeated()
+ {
+    for makes in [[Make::Ours; 2], WITH_REFERENCE[0], WITH_REFERENCE[1]] {
+        for (down, span) in [0, 1].into_iter().flat_map(|down| [(down, 22 * SECOND), (down, 130 * SECOND)]) {
+            let mut world = apart(makes, PeerId(down), span);
+            world.set_relay(PeerId(down), true);
+            let bound = if makes[down] == Make::Ours { AT_ONCE } else { REPEATED_AFTER };
+            everything_comes_after(&mut world, bound, 20 * SECOND);
+            assert!(have_session(&world), "{makes:?}, {down} was apart");
+        }
+    }
+}
