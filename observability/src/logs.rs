@@ -85,10 +85,16 @@ pub fn is_decent(line: &Metadata<'_>) -> bool {
     *line.level() < Level::TRACE || line.target().starts_with("warren")
 }
 
+/// What directives let through. boringtun calls it an error that a peer did not answer for 90 s, without saying which:
+/// that is counted (`warren_wireguard_handshakes_total`) and told by status, and shown only to who asks for boringtun.
+pub fn filter(directives: &str) -> Result<EnvFilter, LogError> {
+    EnvFilter::try_new(format!("boringtun=off,{directives}"))
+        .map_err(|error| LogError::Filter { filter: directives.to_owned(), reason: error.to_string() })
+}
+
 /// Sends log lines to stderr, or to `other` while it takes them.
 pub fn init(options: &LogOptions, other: Option<OtherReader>) -> Result<(), LogError> {
-    let filter = EnvFilter::try_new(&options.filter)
-        .map_err(|error| LogError::Filter { filter: options.filter.clone(), reason: error.to_string() })?;
+    let filter = filter(&options.filter)?;
     let (other, takes) = other.map(|other| (other.layer, other.takes)).unzip();
     let stays = dynamic_filter_fn(move |line, _| !takes.as_ref().is_some_and(|takes| takes(line.target())));
     let filter = filter.and(filter_fn(is_decent));
@@ -103,6 +109,11 @@ pub fn init(options: &LogOptions, other: Option<OtherReader>) -> Result<(), LogE
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    };
+
     use super::*;
 
     #[test]
@@ -110,6 +121,28 @@ mod tests {
         let options = LogOptions { format: Format::Text, filter: "a=b=c".into() };
         let error = init(&options, None).unwrap_err().to_string();
         assert!(error.contains("a=b=c") && error.contains("Use directives"), "{error}");
+    }
+
+    #[test]
+    fn what_boringtun_calls_an_error_is_shown_to_who_asks_for_it() {
+        for (directives, expected) in
+            [("info", 0), ("trace", 0), ("info,boringtun=error", 1), ("info,boringtun=debug", 1), ("", 0)]
+        {
+            let seen = Arc::new(AtomicUsize::new(0));
+            let layer = Count(Arc::clone(&seen)).with_filter(filter(directives).unwrap());
+            tracing::subscriber::with_default(Registry::default().with(layer), || {
+                tracing::error!(target: "boringtun::noise::timers", "CONNECTION_EXPIRED");
+            });
+            assert_eq!(seen.load(Ordering::Relaxed), expected, "{directives}");
+        }
+    }
+
+    struct Count(Arc<AtomicUsize>);
+
+    impl Layer<Registry> for Count {
+        fn on_event(&self, _: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, Registry>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     #[test]

@@ -245,8 +245,9 @@ fn noticed_after(world: &World, from: PeerId, to: PeerId) -> Duration {
 /// Peace: everything works, both talk. Then every packet arrives, and directly where that can be.
 fn ends_well(world: &mut World, story: &Story) {
     world.heal();
+    let begin = world.now;
     world.ids().for_each(|id| world.set_traffic(id, Some(PACE)));
-    world.changed_at = world.now;
+    world.changed_at = begin;
     world.run(PEACE);
     let expected = pass(world, NOTICED_AFTER + LOOKED_AT + UNDER_WAY);
     assert_eq!(expected.len(), PAIRS.len());
@@ -256,6 +257,7 @@ fn ends_well(world: &mut World, story: &Story) {
         assert_eq!(is_direct(world, from, to), story.can_be_direct(), "from {from:?}");
     }
     for (peer, busiest) in world.peers.iter().zip(&world.seen.busiest_second) {
+        assert!(peer.gave_up_at.is_none_or(|at| at <= begin), "a handshake came to nothing in peace");
         let most = match peer.make {
             Make::Ours => MOST_PER_SECOND,
             Make::Reference => MOST_OF_REFERENCE_PER_SECOND,

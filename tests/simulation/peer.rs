@@ -64,6 +64,8 @@ pub(crate) struct Peer {
     pub(crate) policy: Direct,
     /// Whether it sends a packet for each that comes.
     pub(crate) is_answering: bool,
+    /// When a handshake was given up last: what WireGuard calls an error.
+    pub(crate) gave_up_at: Option<Instant>,
 }
 
 /// What a peer knows of another.
@@ -129,6 +131,7 @@ impl Peer {
             has_relay: true,
             policy: Direct::Allowed,
             is_answering: false,
+            gave_up_at: None,
         }
     }
 
@@ -284,6 +287,7 @@ impl Peer {
                     outgoing.push(Outgoing { to: *to, message, route: other.path.route(now) });
                 }
                 Passed::GaveUp(lost) => {
+                    self.gave_up_at = Some(now);
                     lost.into_iter().for_each(|number| other.losses.note(number, Loss::NoSession));
                 }
             }

@@ -8,19 +8,19 @@ use tracing::{
     field::{Field, Visit},
 };
 use tracing_subscriber::{
-    EnvFilter, Layer,
+    Layer,
     filter::{FilterExt, filter_fn},
     layer::Context,
 };
 use warren_actors::session::LogSink;
-use warren_observability::logs::{OtherReader, is_decent};
+use warren_observability::logs::{self, OtherReader, is_decent};
 use warren_proto::vpn::log;
 
 /// Feeds `sink`, while it is open, with what `filter` lets through. A filter that does not parse is refused
 /// where stderr is set up.
 pub(super) fn reader(sink: LogSink, filter: &str) -> OtherReader {
     let takes = sink.clone();
-    let filter = EnvFilter::try_new(filter).unwrap_or_default().and(filter_fn(is_decent));
+    let filter = logs::filter(filter).unwrap_or_default().and(filter_fn(is_decent));
     OtherReader {
         layer: ManagerLog(sink).with_filter(filter).boxed(),
         takes: Box::new(move |target| takes.is_open() && LogSink::accepts(target)),
