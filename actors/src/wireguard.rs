@@ -364,6 +364,10 @@ impl Boring {
             self.unconfirmed = None;
             return self.note_established(now);
         }
+        // A peer that began two handshakes may use the first.
+        if is_transport(datagram) && self.waiting > 0 && self.has_session() {
+            return self.note_established(now);
+        }
         Session::Unchanged
     }
 
@@ -539,6 +543,22 @@ mod tests {
         assert_eq!(pair.a.tick(now + Duration::from_secs(6), &mut out), Ticked::Send(148));
         let response = answer(&mut *pair.b, &out[..148], Session::Unchanged);
         answer(&mut *pair.a, &response, Session::New);
+        assert_eq!(opened_packet(&mut *pair.b, &drain(&mut *pair.a).unwrap()), packet(64));
+    }
+
+    #[test]
+    fn packets_that_wait_are_sent_also_when_the_peer_uses_the_first_of_two_handshakes_that_it_began() {
+        let mut pair = Pair::new();
+        let now = Instant::now();
+        let mut out = room();
+        assert!(matches!(pair.a.seal(now, &packet_padded(64), &mut room()), Sealed::Handshake(148)));
+        let initiations = [(); 2].map(|()| {
+            let len = pair.b.initiate(now, &mut out).unwrap();
+            out[..len].to_vec()
+        });
+        let [used, _lost] = initiations.map(|it| answer(&mut *pair.a, &it, Session::Unchanged));
+        let keepalive = answer(&mut *pair.b, &used, Session::New);
+        assert_eq!(pair.a.open(now, &keepalive, &mut out), Opened::Nothing { session: Session::New });
         assert_eq!(opened_packet(&mut *pair.b, &drain(&mut *pair.a).unwrap()), packet(64));
     }
 

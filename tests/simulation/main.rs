@@ -255,6 +255,8 @@ fn ends_well(world: &mut World, story: &Story) {
     everything_is_accounted_for(world, world.began);
     for (from, to) in PAIRS {
         assert_eq!(is_direct(world, from, to), story.can_be_direct(), "from {from:?}");
+        let waiting = world.peers[from.0].others[&to].tunnel.waiting();
+        assert!(waiting.is_empty(), "still wait though there is a session: {waiting:?}");
     }
     for (peer, busiest) in world.peers.iter().zip(&world.seen.busiest_second) {
         let is_of_before = peer.gave_up_at.is_none_or(|at| at <= begin + SHAKEN_AFTER);

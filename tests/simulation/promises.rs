@@ -76,6 +76,9 @@ fn a_path_that_loses_a_third_is_left_a_few_times_a_minute_and_taken_again_in_a_t
         let most = alarms.iter().map(|(at, _)| within(*at)).max().unwrap_or_default();
         println!("{} alarms in ten minutes, at most {most} in one", alarms.len());
         assert!(most <= 4, "{most} alarms in a minute: {alarms:?}");
+        let is_over =
+            |(at, after): &(Instant, Option<Duration>)| after.is_some() || *at + 2 * SECOND > world.now;
+        assert!(alarms.iter().all(is_over), "a path did not come back: {alarms:?}");
         healed.extend(alarms.iter().filter_map(|(_, after)| *after));
     }
     healed.sort();

@@ -1,10 +1,10 @@
 //! The ways to one peer, and which is taken: through its relay, or directly over UDP (tailnet-data 7).
 //!
 //! ```text
-//!             an answer                          silence, three pings, the relay alive
+//!             an answer                            silence, pings, the relay alive
 //!   Seeking ─────────────> Direct ──────────────────────────────────────────────────> Lost ── flaps ──> Barred
-//!   rounds: ping all       3 s pings                     │                             │  pinged every     │
-//!   candidates, have the   6.5 s of trust     cannot be reached                        │  second           │
+//!   rounds: ping all       3 s pings                     │                             │  pinged once      │
+//!   candidates, have the   6.5 s of trust     cannot be reached                        │  a second         │
 //!   peer do the same          ^  ^                       └────────────────────────────>│                   │
 //!                             │  └──────────────────────── an answer ──────────────────┘ <── 10 to 60 s ───┘
 //! ```
@@ -14,7 +14,7 @@
 //!
 //! | | |
 //! |---|---|
-//! | `candidates` | where the peer may be, and when each address is pinged |
+//! | `candidates`, `blind_pings` | where the peer may be, and when each address is pinged |
 //! | `rounds` | when all of them are |
 //! | `choice` | which is better, and what is trusted |
 //! | `suspicion`, `alarms` | when the path taken is dead, and what false alarms teach |
@@ -35,6 +35,7 @@ use self::{
     address::{Recent, canonical, may_be_probed},
     alarms::Alarms,
     astray::Astray,
+    blind_pings::BlindPings,
     calling::Calling,
     candidates::{Candidates, Heard},
     detour::Detour,
@@ -55,6 +56,7 @@ use crate::relay_map::RegionId;
 mod address;
 mod alarms;
 mod astray;
+mod blind_pings;
 mod calling;
 mod candidates;
 mod choice;
@@ -223,6 +225,7 @@ pub struct Path {
     withdrawal: Withdrawal,
     detour: Detour,
     astray: Astray,
+    blind_pings: BlindPings,
     calling: Calling,
     /// Until when a change of our addresses is one of the link, which the peer has to follow.
     settles_at: Option<Instant>,
@@ -295,6 +298,7 @@ impl Path {
         self.withdrawal = Withdrawal::Idle;
         self.outstanding.forget_direct();
         self.candidates.forget_pings();
+        self.astray.forget();
         self.calling.expire();
         self.settles_at = Some(now + SETTLING);
         self.distrust(now);

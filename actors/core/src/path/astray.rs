@@ -9,11 +9,11 @@ use std::{
 
 use crate::backoff::Backoff;
 
-/// So many pings, so far apart, decide; the first goes out when the peer's comes, as always.
+/// So many pings, so far apart, decide, after the one that goes out when the peer's comes, as always.
 const PINGS: u8 = 4;
 const PAUSE: Duration = Duration::from_millis(100);
-/// What the peer sent by relay before it had our answer has come by then.
-const UNDER_WAY: Duration = Duration::from_millis(250);
+/// A peer that was heard so shortly before the verdict does send by the relay, and not only what was under way there.
+const HEARD_WITHIN: Duration = Duration::from_millis(150);
 /// Peers that say nothing because they have nothing to say are let be.
 const SHORTEST_REST: Duration = Duration::from_secs(5);
 const LONGEST_REST: Duration = Duration::from_secs(10 * 60);
@@ -31,7 +31,7 @@ enum Doubt {
     /// It pinged us from there and was answered: our pings should be, too, or something be heard.
     Asking {
         from: SocketAddr,
-        since: Instant,
+        heard: Option<Instant>,
         left: u8,
         next: Instant,
     },
@@ -65,17 +65,20 @@ impl Astray {
             Doubt::Resting { until } => until <= now,
         };
         if is_open {
-            self.doubt = Doubt::Asking { from, since: now, left: PINGS, next: now + PAUSE };
+            self.doubt = Doubt::Asking { from, heard: None, left: PINGS, next: now + PAUSE };
         }
     }
 
-    /// Data came, by whatever way: it does not go astray.
+    /// Data came, by whatever way.
     pub(super) fn handle_heard(&mut self, now: Instant) {
-        if let Doubt::Asking { since, .. } = self.doubt
-            && now.saturating_duration_since(since) > UNDER_WAY
-        {
-            self.doubt = Doubt::None;
+        if let Doubt::Asking { heard, .. } = &mut self.doubt {
+            *heard = Some(now);
         }
+    }
+
+    /// What was asked over another link, or before the peer was let be, says nothing.
+    pub(super) fn forget(&mut self) {
+        self.doubt = Doubt::None;
     }
 
     /// We have a path as well.
@@ -95,6 +98,12 @@ impl Astray {
                 *left -= 1;
                 *next = now + PAUSE;
                 Some(Next::Ask(*from))
+            }
+            Doubt::Asking { next, heard: Some(heard), .. }
+                if *next <= now && now.saturating_duration_since(*heard) < HEARD_WITHIN =>
+            {
+                self.doubt = Doubt::None;
+                None
             }
             Doubt::Asking { next, .. } if *next <= now => {
                 self.doubt = Doubt::Resting { until: now + self.rests.next(0.0) };

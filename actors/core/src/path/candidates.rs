@@ -19,11 +19,12 @@ pub(super) const MAX_CANDIDATES: usize = 100;
 const PINGED_KEEPS: Duration = Duration::from_secs(45);
 /// Between two pings to one address, where nothing hurries.
 pub(super) const SPACING: Duration = Duration::from_secs(5);
-/// An address that was pinged out of turn meanwhile is left out of a round if that was later.
-const LEAST_SPACING: Duration = Duration::from_secs(4);
+/// A round leaves out whoever was pinged within this time. Less than from the repetition of the first round, a second
+/// after it, to the second one.
+const LEAST_SPACING: Duration = Duration::from_millis(3500);
 /// Between two hurried pings to an address at which the peer is.
 const HURRIED_SPACING: Duration = Duration::from_millis(100);
-/// The same where the peer never was: it names what it likes, and we shall not be its tool for floods.
+/// The same where the peer never was, as far as anybody knows: it names what it likes.
 const BLIND_SPACING: Duration = Duration::from_secs(1);
 
 /// One address, and what is known of it.
@@ -152,6 +153,11 @@ impl Candidates {
         true
     }
 
+    /// Whether a candidate has answered since our link changed last.
+    pub(super) fn has_answered(&self, address: &SocketAddr) -> bool {
+        self.known.get(address).is_some_and(|it| it.answered.is_some())
+    }
+
     /// Forgets that a candidate answered: it cannot be reached.
     pub(super) fn note_unreachable(&mut self, address: &SocketAddr) {
         if let Some(candidate) = self.known.get_mut(address) {
@@ -203,6 +209,13 @@ impl Candidates {
     pub(super) fn calm(&mut self) {
         self.known.values_mut().for_each(|it| it.is_hurried = false);
         self.may_hurry = false;
+    }
+
+    /// `found` was; of the others only those are hurried yet from which the peer pings us: they may be better.
+    pub(super) fn calm_except_callers(&mut self, found: &SocketAddr) {
+        for (address, candidate) in &mut self.known {
+            candidate.is_hurried &= candidate.pinged_us.is_some() && address != found;
+        }
     }
 
     /// The hurried that may be pinged now.

@@ -50,14 +50,23 @@ impl Path {
     /// There is a direct path. Its other end is told, so that it need not wait for its next round to find it too.
     fn find(&mut self, now: Instant, measured: Measured) {
         let before = self.stand(Standing::Direct(Taken::new(now, measured)), Why::Found);
-        self.candidates.calm();
+        self.candidates.calm_except_callers(&measured.address);
         self.astray.handle_found();
-        if let Standing::Lost(_) = before {
-            self.alarms.handle_answer(now);
-            self.withdrawal.handle_answer();
-            self.call_with_present(now);
-        } else if !self.candidates.pinged_us_within(now, SPACING) {
-            self.wish_to_call(now);
+        match before {
+            // What another address answers says nothing of the one that was lost, and that the peer has to leave.
+            Standing::Lost(lost) => {
+                if lost.address == measured.address {
+                    self.alarms.handle_answer(now);
+                    self.withdrawal.handle_answer();
+                }
+                self.call_with_present(now);
+            }
+            Standing::Seeking | Standing::Direct(_) | Standing::Barred { .. } => {
+                self.withdrawal.handle_answer();
+                if !self.candidates.pinged_us_within(now, SPACING) {
+                    self.wish_to_call(now);
+                }
+            }
         }
     }
 
@@ -87,7 +96,8 @@ impl Path {
     /// The path taken cannot be reached: there is nothing to wait for.
     pub(super) fn leave_unreachable(&mut self, now: Instant, address: SocketAddr) {
         let other = self.best_other(address, RECENT, now);
-        let standing = other.map_or_else(|| Standing::Lost(Lost::new(now, address)), Standing::Direct);
+        let standing =
+            other.map_or_else(|| Standing::Lost(Lost::unreachable(now, address)), Standing::Direct);
         self.stand(standing, Why::Unreachable);
         self.withdrawal.start(now);
         self.rounds.hasten(now);
@@ -159,6 +169,7 @@ impl Path {
             && until <= now
         {
             self.standing = Standing::Lost(Lost::at_once(now, address));
+            self.astray.forget();
             self.rounds.hasten(now);
         }
     }
@@ -185,6 +196,10 @@ impl Path {
     /// Pings a candidate.
     pub(super) fn ping(&mut self, now: Instant, to: &SocketAddr, number: Number) {
         if !self.may_probe() || !self.candidates.note_pinged(now, to) {
+            return;
+        }
+        // As if it were lost.
+        if !self.candidates.has_answered(to) && !self.blind_pings.take(now) {
             return;
         }
         let patience = self.patience(now);

@@ -19,11 +19,22 @@ pub(super) struct Rounds {
     last: Option<Instant>,
     /// When the next one may be.
     due: Option<Instant>,
+    /// Whether something is new since the last one.
+    has_news: bool,
+}
+
+/// What a round is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Round {
+    /// The first since something was new; once in [`SPACING`] at most, however much is.
+    OfNews,
+    /// Another one.
+    Usual,
 }
 
 impl Default for Rounds {
     fn default() -> Self {
-        Self { pauses: Backoff::new(SPACING, LONGEST_PAUSE, 2.0, 0.0), last: None, due: None }
+        Self { pauses: Backoff::new(SPACING, LONGEST_PAUSE, 2.0, 0.0), last: None, due: None, has_news: true }
     }
 }
 
@@ -33,16 +44,18 @@ impl Rounds {
         self.due
     }
 
-    /// A round begins. Returns whether it is the first since something was new.
-    pub(super) fn begin(&mut self, now: Instant) -> bool {
-        let pause = self.pauses.next(0.0);
-        (self.last, self.due) = (Some(now), Some(now + pause));
-        pause == SPACING
+    /// A round begins.
+    pub(super) fn begin(&mut self, now: Instant) -> Round {
+        let is_rare = self.last.is_none_or(|at| now.saturating_duration_since(at) >= SPACING);
+        (self.last, self.due) = (Some(now), Some(now + self.pauses.next(0.0)));
+        let has_news = std::mem::take(&mut self.has_news);
+        if has_news && is_rare { Round::OfNews } else { Round::Usual }
     }
 
     /// Something is new, or a path was lost: the next round is due at once, and others soon.
     pub(super) fn hasten(&mut self, now: Instant) {
         self.pauses.reset();
+        self.has_news = true;
         self.due = Some(now);
     }
 

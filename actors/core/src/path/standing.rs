@@ -12,9 +12,10 @@ const SALVO: u8 = 8;
 const SALVO_PAUSE: Duration = Duration::from_millis(10);
 /// Between two pings later: the path is taken again within a second of its being back.
 const PAUSE: Duration = Duration::from_millis(900);
-/// The same where hardly anything is sent, and the path was lost longer ago than [`LONG_AGO`].
+/// The same where nothing was sent for [`QUIET`], and the path was lost longer ago than [`LONG_AGO`].
 const LONG_PAUSE: Duration = Duration::from_secs(5);
 const LONG_AGO: Duration = Duration::from_secs(30);
+const QUIET: Duration = Duration::from_secs(3);
 
 /// Over which way everything goes.
 #[derive(Debug, Default)]
@@ -78,7 +79,12 @@ impl Lost {
         Self { address, since: now, salvo: SALVO, next: now }
     }
 
-    /// A path is there no more, or was let be: it is pinged now.
+    /// There is no way to it, which a ping at once would not change.
+    pub(super) fn unreachable(now: Instant, address: SocketAddr) -> Self {
+        Self { address, since: now, salvo: 0, next: now + PAUSE }
+    }
+
+    /// It was given up over another link, or let be because it flapped: it is pinged now.
     pub(super) fn at_once(now: Instant, address: SocketAddr) -> Self {
         Self { address, since: now, salvo: 0, next: now }
     }
@@ -88,13 +94,13 @@ impl Lost {
         self.next
     }
 
-    /// It is pinged; something is sent all the time, or is not.
-    pub(super) fn handle_ping(&mut self, now: Instant, is_busy: bool) {
-        let is_new = now.saturating_duration_since(self.since) < LONG_AGO;
+    /// It is pinged; the last packet was sent so long ago.
+    pub(super) fn handle_ping(&mut self, now: Instant, quiet: Duration) {
+        let is_soon = quiet < QUIET || now.saturating_duration_since(self.since) < LONG_AGO;
         self.salvo = self.salvo.saturating_sub(1);
         let pause = match self.salvo {
             1.. => SALVO_PAUSE,
-            0 if is_new || is_busy => PAUSE,
+            0 if is_soon => PAUSE,
             0 => LONG_PAUSE,
         };
         self.next = now + pause;

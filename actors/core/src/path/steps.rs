@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use warren_proto::disco::TxId;
 
-use super::{Effect, Number, Path, Standing, astray::Next, suspicion::Verdict, withdrawal::Say};
+use super::{
+    Effect, Number, Path, Standing, astray::Next, rounds::Round, suspicion::Verdict, withdrawal::Say,
+};
 
 /// How old an answer of the path that is taken may become while data goes both ways: that the peer's comes says nothing
 /// of ours.
@@ -155,11 +157,10 @@ impl Path {
 
     /// Is a path to be sought?
     fn seek(&mut self, now: Instant) {
-        let is_busy = self.session.as_ref().is_some_and(|session| session.quiet(now) < HEARTBEAT);
         if self.lost_due().is_some_and(|due| due <= now)
-            && let Standing::Lost(lost) = &mut self.standing
+            && let (Standing::Lost(lost), Some(session)) = (&mut self.standing, &self.session)
         {
-            lost.handle_ping(now, is_busy);
+            lost.handle_ping(now, session.quiet(now));
             let address = lost.address;
             self.ping(now, &address, Number::Any(None));
         }
@@ -169,7 +170,7 @@ impl Path {
     }
 
     /// Pings whoever was not pinged just now, and then has the peer do so: our pings open our NAT for its. Its pings
-    /// open its own, where ours before them were stopped: once for each news they are repeated.
+    /// open its own, where ours before them were stopped: where there is news ours are repeated once.
     pub(super) fn begin_round(&mut self, now: Instant, user: Option<TxId>) {
         if !self.may_probe() {
             return;
@@ -177,11 +178,11 @@ impl Path {
         let keep = self.answering(now);
         self.candidates.forget_expired(now, keep);
         self.follow_candidates(now);
-        let is_first = self.rounds.begin(now);
+        let round = self.rounds.begin(now);
         for address in self.candidates.spaced(now) {
             self.ping(now, &address, Number::Any(user));
         }
-        if is_first && !self.standing.is_trusted(now) {
+        if round == Round::OfNews && !self.standing.is_trusted(now) {
             self.candidates.hurry_all();
         }
         self.wish_to_call(now);

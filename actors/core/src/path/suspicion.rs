@@ -24,8 +24,8 @@ impl Patience {
     pub(super) const USUAL: Self = Self::new(200, 3, 100);
     /// After a false alarm: after nine tenths of a second.
     pub(super) const CAREFUL: Self = Self::new(300, 4, 150);
-    /// After another one: after a bit more than a second.
-    pub(super) const MOST_CAREFUL: Self = Self::new(300, 6, 150);
+    /// After another one: the same with more pings.
+    pub(super) const MOST_CAREFUL: Self = Self::new(300, 6, 100);
     /// However slow the path, so long is no answer waited for.
     const MOST: Duration = Duration::from_secs(1);
 

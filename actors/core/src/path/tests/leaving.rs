@@ -269,6 +269,28 @@ fn an_answer_before_the_peer_is_told_to_leave_spares_it_that_and_one_after_it_do
 }
 
 #[test]
+fn an_answer_from_another_address_does_not_spare_the_peer_to_leave_the_dead_one() {
+    let mut bench = Bench::ready(&[peer(1), peer(2)]);
+    bench.path.route(bench.now);
+    bench.answer(peer(1));
+    bench.hear(peer(1));
+    bench.talk(S);
+    bench.take();
+    let mut done = Vec::new();
+    while left_at(&done).is_none() {
+        done.extend(cut(&mut bench, MS));
+    }
+    let other = done.iter().rev().find_map(|(_, it)| match it {
+        Effect::Ping { to, txid } if *to == peer(2) => Some(*txid),
+        _ => None,
+    });
+    bench.path.handle_pong(bench.now, Via::Direct(peer(2)), other.unwrap(), own(1));
+    assert_eq!(bench.best(), Some(peer(2)));
+    bench.pass(100 * MS);
+    assert!(calls(&bench.take()).iter().any(|(_, list)| list.is_empty()), "it was made to leave");
+}
+
+#[test]
 fn the_messages_are_repeated_four_times_ever_later_while_nothing_comes() {
     for is_heard in [false, true] {
         let mut bench = Bench::direct();

@@ -176,6 +176,34 @@ fn call_me_maybes_make_us_no_tool_for_floods() {
     assert_eq!(pinged(&bench.taken()).len(), 2 * candidates::MAX_CANDIDATES, "a second apart");
 }
 
+/// What was taken away and comes again counts as new; a forged ping makes an address look like one of the peer's.
+#[test]
+fn candidates_that_come_and_go_make_us_no_tool_for_floods() {
+    let victims: Vec<SocketAddr> = (0..100).map(peer).collect();
+    let mut bench = Bench::ready(&[]);
+    bench.take();
+    for n in 0..1000_usize {
+        let called = if n.is_multiple_of(2) { victims.as_slice() } else { &[] };
+        bench.path.handle_call_me_maybe(bench.now, called);
+        bench.hear(victims[n % victims.len()]);
+        bench.pass(10 * MS);
+    }
+    let pings = pinged(&bench.taken()).len();
+    assert!((600..=705).contains(&pings), "{pings} in ten seconds: 200, and fifty a second");
+}
+
+/// The peer's firewall lets nobody in before it has asked itself: the way in one network, perhaps.
+#[test]
+fn an_address_from_which_the_peer_pings_is_tried_although_another_has_answered() {
+    let mut bench = Bench::ready(&[peer(1), peer(2)]);
+    bench.pass(50 * MS);
+    assert!(bench.hear(peer(2)));
+    bench.answer_after(peer(1), 60 * MS);
+    bench.take();
+    bench.pass(100 * MS);
+    assert_eq!(pinged(&bench.taken()), [peer(2)]);
+}
+
 #[test]
 fn too_many_addresses_are_not_kept_and_the_named_ones_stay() {
     let mut bench = Bench::ready(&[peer(1)]);
@@ -277,7 +305,7 @@ fn a_peer_that_pinged_us_and_is_heard_or_answers_is_left_alone() {
         bench.pass(2 * S);
         bench.take();
         assert!(bench.hear(peer(1)));
-        bench.pass(251 * MS);
+        bench.pass(400 * MS);
         match by {
             "relay" => bench.path.handle_received(bench.now, RELAY),
             "udp" => bench.path.handle_received(bench.now, Via::Direct(peer(1))),
