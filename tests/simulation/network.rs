@@ -96,7 +96,6 @@ pub(crate) struct Network<P> {
     flights: BinaryHeap<Reverse<Flight>>,
     payloads: BTreeMap<u64, P>,
     count: u64,
-    fates: BTreeMap<Fate, u64>,
     ended: Vec<(Fate, P)>,
 }
 
@@ -132,7 +131,6 @@ impl<P: Clone> Network<P> {
             flights: BinaryHeap::new(),
             payloads: BTreeMap::new(),
             count: 0,
-            fates: BTreeMap::new(),
             ended: Vec::new(),
         }
     }
@@ -196,11 +194,6 @@ impl<P: Clone> Network<P> {
         if let Some(nat) = &mut self.sites[site].nat {
             nat.restart();
         }
-    }
-
-    /// What became of those that did not arrive.
-    pub(crate) fn fates(&self) -> &BTreeMap<Fate, u64> {
-        &self.fates
     }
 
     /// Those that did not arrive since this was asked last.
@@ -301,7 +294,6 @@ impl<P: Clone> Network<P> {
     }
 
     fn end(&mut self, fate: Fate, payload: P) {
-        *self.fates.entry(fate).or_default() += 1;
         self.ended.push((fate, payload));
     }
 
@@ -385,7 +377,9 @@ mod tests {
         network.conditions(home).loss = 1000;
         network.send(now, inside, PORT, to, 100, ());
         let fates = [Fate::Lost, Fate::Cut, Fate::TooLarge, Fate::Filtered].map(|fate| (fate, 1));
-        assert_eq!(*network.fates(), fates.into_iter().chain([(Fate::Unreachable, 2)]).collect());
+        let mut ended = BTreeMap::new();
+        network.take_ended().into_iter().for_each(|(fate, _)| *ended.entry(fate).or_default() += 1);
+        assert_eq!(ended, fates.into_iter().chain([(Fate::Unreachable, 2)]).collect::<BTreeMap<Fate, u64>>());
     }
 
     #[test]

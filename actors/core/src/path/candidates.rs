@@ -55,7 +55,7 @@ struct Answered {
 /// What a ping from an address is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Heard {
-    /// The first from there.
+    /// From where nobody knew the peer to be.
     New,
     /// Another one.
     Known,

@@ -6,6 +6,7 @@
 //!             │  ^ once a second             ^                                  │
 //!             └──┘ five times, then Idle     └─ silence, four times, ever longer ┘
 //! ```
+//! If the path answers before "none" was said, all of it ends.
 
 use std::time::{Duration, Instant};
 
