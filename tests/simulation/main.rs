@@ -400,6 +400,20 @@ fn a_reference_peer_that_has_found_us_and_then_dies_to_us_is_made_to_leave_a_pat
     }
 }
 
+/// The messages that make the peer leave go by the relay: that our sockets are others meanwhile changes nothing.
+#[test]
+fn a_reference_peer_leaves_a_dead_path_although_our_port_changes_while_it_is_told_to() {
+    for after in (0..800).step_by(10) {
+        let mut world = Story::quiet(WITH_REFERENCE[1], [None; 2]).begin();
+        world.run(Duration::from_secs(20));
+        assert!(are_direct(&world));
+        happen(&mut world, &Change::Cut { site: 1, out: false, r#in: true });
+        world.run(Duration::from_millis(after));
+        world.rebind(PeerId(1), 50_000);
+        everything_comes_after(&mut world, SECOND, Duration::from_secs(5));
+    }
+}
+
 #[test]
 fn with_a_reference_peer_a_network_is_direct_within_a_second_of_ready_and_two_cones_within_three() {
     let cones = [Kind::FullCone, Kind::Restricted, Kind::PortRestricted].map(Some);

@@ -81,11 +81,8 @@ fn a_path_that_loses_a_third_is_left_a_few_times_a_minute_and_taken_again_in_a_t
         assert!(alarms.iter().all(is_over), "a path did not come back: {alarms:?}");
         healed.extend(alarms.iter().filter_map(|(_, after)| *after));
     }
-    healed.sort();
-    println!("{healed:?}");
-    let at_once = healed.iter().filter(|after| **after <= 100 * MS).count();
-    assert!(healed.len() >= 20 && 20 * at_once >= 19 * healed.len(), "{healed:?}");
-    assert!(healed.iter().all(|after| *after < 2 * SECOND), "{healed:?}");
+    println!("{} in all, the longest {:?}", healed.len(), healed.iter().max());
+    assert!(healed.len() >= 20 && healed.iter().all(|after| *after <= 100 * MS), "{healed:?}");
 }
 
 #[test]

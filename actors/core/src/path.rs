@@ -295,7 +295,10 @@ impl Path {
     /// Our link changed, or we woke from sleep: what worked may not any more, and what did not may.
     pub fn handle_link_change(&mut self, now: Instant) {
         self.alarms = Alarms::default();
-        self.withdrawal = Withdrawal::Idle;
+        // A peer that is being told to leave a dead path has to leave it all the same.
+        if self.standing.is_condemned() {
+            self.withdrawal = Withdrawal::Idle;
+        }
         self.outstanding.forget_direct();
         self.candidates.forget_pings();
         self.astray.forget();
@@ -349,11 +352,9 @@ impl Path {
         }
         self.verify(from);
         self.withdrawal.handle_heard();
-        let patience = self.patience(now);
-        match self.standing.taken_mut() {
-            Some(taken) if taken.is_from(from) => taken.suspicion.handle_ping(now, patience),
-            Some(_) => {}
-            None => self.astray.handle_ping(now, from),
+        // Where there is a path, answers and data have to show that it works: a ping answers nothing of ours.
+        if self.standing.taken().is_none() {
+            self.astray.handle_ping(now, from);
         }
         if heard == Some(Heard::New) || !self.standing.is_trusted(now) {
             self.candidates.hurry(&from);

@@ -85,7 +85,7 @@ fn a_dead_path_is_left_as_the_recorded_peer_does_only_sooner() {
     assert_eq!((told[1].1.len(), (told[1].0 - told[0].0).round()), (0, 20.0));
     assert_eq!((&told[2].1, (told[2].0 - told[1].0).round()), (&all, 20.0));
     let salvo = played.pings.iter().filter(|at| (lost.0..lost.0 + 100.0).contains(at)).count();
-    assert!((8..=10).contains(&salvo), "in case it was chance: {salvo}");
+    assert!((12..=14).contains(&salvo), "in case it was chance: {salvo}");
     let pings = played.pings.iter().filter(|at| (lost.0 + 100.0..back).contains(at)).count();
     assert!((4..=9).contains(&pings), "one a second, and one for each call: {pings}");
     // The recorded peer waits for its next ping; ours returns the agent's as soon as a tenth of a second has passed.

@@ -7,9 +7,10 @@ use std::{
 
 use super::choice::Taken;
 
-/// A path that was lost is pinged so often at once: where chance takes a third of everything, one in two is answered.
-const SALVO: u8 = 8;
-const SALVO_PAUSE: Duration = Duration::from_millis(10);
+/// A path that was lost is pinged so often at once: where chance takes a third of everything, one in two is answered,
+/// and of a thousand such salvos all are.
+const SALVO: u8 = 12;
+const SALVO_PAUSE: Duration = Duration::from_millis(6);
 /// Between two pings later: the path is taken again within a second of its being back.
 const PAUSE: Duration = Duration::from_millis(900);
 /// The same where nothing was sent for [`QUIET`], and the path was lost longer ago than [`LONG_AGO`].

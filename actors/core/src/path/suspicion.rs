@@ -167,13 +167,6 @@ impl Suspicion {
         }
     }
 
-    /// A ping came from the peer over UDP, which answers nothing of ours.
-    pub(super) fn handle_ping(&mut self, now: Instant, patience: Patience) {
-        if let Self::Calm(Calm { silence: Silence::AfterOurs(at) | Silence::AfterTheirs(at), .. }) = self {
-            *at = now + patience.silence;
-        }
-    }
-
     /// The path answered.
     pub(super) fn handle_answer(&mut self, now: Instant, patience: Patience) {
         let silence = match self {

@@ -59,6 +59,21 @@ fn each_of_several_link_changes_makes_the_peer_leave_where_it_saw_us_before() {
 }
 
 #[test]
+fn a_peer_that_is_being_told_to_leave_a_dead_path_is_told_so_although_our_link_changes() {
+    let mut bench = Bench::direct();
+    while bench.best().is_some() {
+        bench.shout(20 * MS);
+        bench.path.handle_relay(bench.now, RelayStands::Alive);
+    }
+    bench.path.handle_link_change(bench.now);
+    bench.path.handle_own_endpoints(bench.now, &[own(2)]);
+    bench.pass(100 * MS);
+    let lists: Vec<_> = calls(&bench.take()).into_iter().map(|(_, list)| list).collect();
+    assert!(lists.contains(&Vec::new()), "{lists:?}");
+    assert!(lists.last().is_some_and(|list| list.contains(&own(2))), "{lists:?}");
+}
+
+#[test]
 fn a_peer_that_goes_on_directly_after_a_link_change_is_told_once() {
     let mut bench = Bench::direct();
     bench.path.handle_link_change(bench.now);
