@@ -24,6 +24,7 @@ use super::{
     engine::{Engine, Make},
     loss::{Loss, Losses},
     network::HostId,
+    relay::Link,
     tunnel::{Message, Passed, Tunnel},
 };
 
@@ -59,8 +60,7 @@ pub(crate) struct Peer {
     collected_at: Option<Instant>,
     /// When STUN servers were asked last.
     pub(crate) looked_at: Instant,
-    /// Whether its link to the relay is up.
-    pub(crate) has_relay: bool,
+    pub(crate) relay: Link,
     pub(crate) policy: Direct,
     /// Whether it sends a packet for each that comes.
     pub(crate) is_answering: bool,
@@ -128,7 +128,7 @@ impl Peer {
             endpoints: Vec::new(),
             collected_at: None,
             looked_at: now,
-            has_relay: true,
+            relay: Link::new(now),
             policy: Direct::Allowed,
             is_answering: false,
             gave_up_at: None,
@@ -295,19 +295,17 @@ impl Peer {
         outgoing
     }
 
-    /// The link to the relay is there, or not. Returns whose tunnel is to be warmed up: what was lost with the link
-    /// was perhaps a handshake.
-    pub(crate) fn set_relay(&mut self, has_relay: bool) -> Vec<PeerId> {
-        let was_down = !std::mem::replace(&mut self.has_relay, has_relay);
+    /// Whose tunnel is to be warmed up when the link to the relay is there again: what was lost with it was perhaps a
+    /// handshake.
+    pub(crate) fn cold(&self) -> Vec<PeerId> {
         let is_cold = |other: &Other| other.tunnel.is_warm() && !other.tunnel.has_session();
-        let cold = self.others.iter().filter(|(_, other)| was_down && has_relay && is_cold(other));
-        cold.map(|(id, _)| *id).collect()
+        self.others.iter().filter(|(_, other)| is_cold(other)).map(|(id, _)| *id).collect()
     }
 
-    /// When the next timer of a path, or of coordination, is due.
+    /// When the next timer of a path, of coordination or of the link to the relay is due.
     pub(crate) fn poll_timeout(&self) -> Option<Instant> {
         let paths = self.others.values().filter_map(|other| other.path.poll_timeout());
-        paths.chain(self.member.poll_timeout()).min()
+        paths.chain(self.member.poll_timeout()).chain([self.relay.poll_timeout()]).min()
     }
 
     /// Lets time pass for the paths.

@@ -6,7 +6,7 @@ use warren_lab::nat::Kind;
 
 use super::{
     Change, PAIRS, SECOND, Story, WITH_REFERENCE, are_direct, engine::Make, everything_comes_after, happen,
-    world::World,
+    peer::PeerId, relay::Relay, world::World,
 };
 
 const MS: Duration = Duration::from_millis(1);
@@ -119,6 +119,22 @@ fn direct_paths_are_taken_again_within_a_second_after_udp_is_back_however_long_i
             everything_comes_after(&mut world, Duration::ZERO, SECOND + 100 * MS);
             assert!(are_direct(&world), "{makes:?}: UDP was gone for {gone} ms");
         }
+    }
+}
+
+/// The requirement is less than ten seconds; TCP may take four to show that it can be reached again.
+#[test]
+fn a_relay_that_dies_silently_while_it_is_used_is_given_up_in_six_seconds_and_dialled_until_it_answers() {
+    for gone in [6, 9, 13, 30, 300] {
+        let mut world = Story::quiet([Make::Ours; 2], [None; 2]).begin();
+        happen(&mut world, &Change::Cut { site: 0, out: true, r#in: true });
+        everything_comes_after(&mut world, SECOND, MEETING);
+        world.set_relay(PeerId(0), Relay::Swallows);
+        world.run(6 * SECOND);
+        assert!(!world.peers[0].relay.is_up(), "it does not answer");
+        world.run((gone - 6) * SECOND);
+        world.set_relay(PeerId(0), Relay::Answers);
+        everything_comes_after(&mut world, 5 * SECOND, 10 * SECOND);
     }
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{
     Change, PAIRS, SECOND, Story, WITH_REFERENCE, engine::Make, everything_comes_after, happen, peer::PeerId,
-    world::World,
+    relay::Relay, world::World,
 };
 
 /// A handshake is repeated after 5 s; then it takes a tick, and a round trip or two.
@@ -16,7 +16,7 @@ const AT_ONCE: Duration = Duration::from_millis(100);
 fn apart(makes: [Make; 2], down: PeerId, span: Duration) -> World {
     let mut world = Story::quiet(makes, [None; 2]).begin();
     happen(&mut world, &Change::Cut { site: 0, out: true, r#in: true });
-    world.set_relay(down, false);
+    world.set_relay(down, Relay::Refuses);
     world.run(span);
     assert_eq!(sessions(&world), 0, "there is no way for one");
     world
@@ -34,7 +34,10 @@ fn once_the_relay_is_back_there_is_a_session_at_once_if_it_was_our_link_and_else
     for makes in [[Make::Ours; 2], WITH_REFERENCE[0], WITH_REFERENCE[1]] {
         for (down, span) in [0, 1].into_iter().flat_map(|down| [(down, 22 * SECOND), (down, 130 * SECOND)]) {
             let mut world = apart(makes, PeerId(down), span);
-            world.set_relay(PeerId(down), true);
+            world.set_relay(PeerId(down), Relay::Answers);
+            while !world.peers[down].relay.is_up() {
+                world.run(Duration::from_millis(1));
+            }
             let bound = if makes[down] == Make::Ours { AT_ONCE } else { REPEATED_AFTER };
             everything_comes_after(&mut world, bound, 20 * SECOND);
             assert_eq!(sessions(&world), 2, "{makes:?}, {down} was apart");

@@ -1,5 +1,4 @@
-//! Peers, a relay, a control plane and a STUN server in one network, and the clock that drives them. There is no core of
-//! a relay to drive: the link is up or down, and takes its time.
+//! Peers, a relay, a control plane and a STUN server in one network, and the clock that drives them.
 
 use std::{
     collections::BTreeMap,
@@ -23,12 +22,13 @@ use super::{
     loss::Loss,
     network::{Arrival, Conditions, Families, HostId, Network},
     peer::{Peer, PeerId, REGION, Said},
+    relay::Relay,
 };
 
 mod messages;
 
 /// Each way through the relay, to the control plane and back.
-const RELAY_DELAY: Duration = Duration::from_millis(20);
+pub(crate) const RELAY_DELAY: Duration = Duration::from_millis(20);
 const CONTROL_DELAY: Duration = Duration::from_millis(30);
 /// After so long a peer tells the control plane where it is: STUN servers have answered, if nothing delays them.
 const LOOKED_AFTER: Duration = Duration::from_millis(40);
@@ -55,8 +55,8 @@ pub(crate) enum Packet {
 enum Event {
     /// Something comes out of the relay.
     Relayed { from: PeerId, to: PeerId, said: Said },
-    /// The relay has answered a peer, or has had the time to.
-    Proof(PeerId, RelayStands),
+    /// The relay that a peer asked for a sign of life then has had the time to give one.
+    Proof(PeerId, Instant),
     /// A peer's stream to the control plane begins.
     Connect(PeerId),
     /// The control plane is asked something.
@@ -196,6 +196,7 @@ impl World {
     pub(crate) fn rebind(&mut self, id: PeerId, port: u16) {
         let peer = &mut self.peers[id.0];
         peer.port = port;
+        peer.relay.probe(self.now);
         peer.change_link(self.now);
         self.carry_out(id);
         self.look_for_addresses(id);
@@ -206,11 +207,10 @@ impl World {
         self.network.restart_nat(site);
     }
 
-    /// Whether a peer has its link to the relay.
-    pub(crate) fn set_relay(&mut self, id: PeerId, is_up: bool) {
-        clock::set(self.now - self.began);
-        let cold = self.peers[id.0].set_relay(is_up);
-        self.warm_up(id, cold);
+    /// What becomes of a peer's connections to the relay.
+    pub(crate) fn set_relay(&mut self, id: PeerId, relay: Relay) {
+        let random = self.chance.random();
+        self.peers[id.0].relay.set_relay(self.now, relay, random);
     }
 
     /// Whether a peer wants direct paths.
@@ -243,7 +243,7 @@ impl World {
         for id in self.ids() {
             let site = self.network.site_of(self.peers[id.0].host);
             *self.network.conditions(site) = Conditions::default();
-            self.set_relay(id, true);
+            self.set_relay(id, Relay::Answers);
             self.set_policy(id, Direct::Allowed);
         }
     }
@@ -252,7 +252,7 @@ impl World {
     pub(crate) fn is_certain(&mut self) -> bool {
         let sites: Vec<usize> = self.peers.iter().map(|peer| self.network.site_of(peer.host)).collect();
         let is_certain = sites.into_iter().all(|site| self.network.conditions(site).loss == 0);
-        is_certain && self.peers.iter().all(|peer| peer.has_relay)
+        is_certain && self.peers.iter().all(|peer| peer.relay.carries())
     }
 
     fn poll_timeout(&self) -> Option<Instant> {
@@ -270,6 +270,7 @@ impl World {
             self.happen(event);
         }
         for id in self.ids() {
+            self.serve_relay(id);
             self.peers[id.0].handle_timeout(self.now);
             self.carry_out(id);
             self.coordinate(id, |now, peer| peer.coordinate(now));
@@ -301,11 +302,17 @@ impl World {
 
     fn happen(&mut self, event: Event) {
         match event {
-            Event::Relayed { from, to, said } if self.peers[to.0].has_relay => {
+            Event::Relayed { from, to, said } if self.peers[to.0].relay.receive(self.now) => {
                 self.hear(to, from, Via::Relay(REGION), said);
+                self.prove_relay(to);
             }
             Event::Relayed { from, to, said } => self.lose(from, to, &said, Loss::Relay),
-            Event::Proof(id, stands) => self.peers[id.0].prove_relay(self.now, stands),
+            Event::Proof(id, since) => {
+                let peer = &mut self.peers[id.0];
+                if peer.relay.take_unproved(since) {
+                    peer.prove_relay(self.now, RelayStands::Down);
+                }
+            }
             Event::Connect(id) => self.coordinate(id, |now, peer| peer.member.connect(now)),
             Event::Request { from, request } => {
                 for (to, response) in self.control.handle(from, *request) {
@@ -365,6 +372,26 @@ impl World {
 
     fn count_warm(&self, id: PeerId) -> usize {
         self.peers[id.0].others.values().filter(|other| other.is_warm()).count()
+    }
+
+    /// Lets time pass for a link to the relay.
+    fn serve_relay(&mut self, id: PeerId) {
+        let random = self.chance.random();
+        if self.peers[id.0].relay.handle_timeout(self.now, random) {
+            self.changed_at = self.now;
+            let cold = self.peers[id.0].cold();
+            self.warm_up(id, cold);
+        }
+        self.prove_relay(id);
+    }
+
+    /// Tells a peer's paths that the relay is alive, if they have asked and it has shown it.
+    fn prove_relay(&mut self, id: PeerId) {
+        let peer = &mut self.peers[id.0];
+        if peer.relay.take_proved() {
+            peer.prove_relay(self.now, RelayStands::Alive);
+            self.carry_out(id);
+        }
     }
 
     fn warm_up(&mut self, id: PeerId, cold: Vec<PeerId>) {

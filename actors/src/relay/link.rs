@@ -19,7 +19,10 @@ use tokio::{
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
-use warren_core::relay_map::{Node, RegionId};
+use warren_core::{
+    relay_link::{Activity, Ended, Redial, Verdict, WATCH_PERIOD, Watch},
+    relay_map::{Node, RegionId},
+};
 use warren_proto::{
     derp::{ClientInfo, DerpError, Frame},
     key::{NodePublic, random},
@@ -43,22 +46,8 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
 /// The most that is written at once.
 const WRITE_BYTES: usize = 64 * 1024;
-/// A link that is written to and silent for this long is asked whether it lives.
-const SILENCE: Duration = Duration::from_secs(2);
-/// For the answer.
-const PONG_LIMIT: Duration = Duration::from_secs(3);
-/// A link without any frame for this long is dead, used or not: relays send something every 65 s.
-pub(super) const SILENCE_LIMIT: Duration = Duration::from_secs(120);
-/// How often silence is looked at.
-const WATCH_PERIOD: Duration = Duration::from_millis(500);
 /// From one logged problem of a relay to the next.
 const COMPLAINT_PAUSE: Duration = Duration::from_secs(10);
-/// A session that lived so long was a good one: the next back-off begins anew.
-const GOOD_SESSION: Duration = Duration::from_secs(5);
-/// The longest pause between two attempts.
-const MAX_PAUSE: Duration = Duration::from_secs(5);
-/// The longest pause that a relay which restarts may ask for.
-const MAX_RESTART_PAUSE: Duration = Duration::from_secs(30);
 
 /// What a link leads to.
 #[derive(Clone, PartialEq, Eq)]
@@ -155,11 +144,11 @@ impl Link {
 
     /// How it stands.
     pub(crate) fn info(&self) -> LinkInfo {
-        let (now, since) = (self.now(), |at: &AtomicU64| Duration::from_micros(at.load(Ordering::Relaxed)));
+        let (now, Activity { heard, used }) = (self.now(), self.activity());
         LinkInfo {
             state: self.lock_state().clone(),
-            idle: now.saturating_sub(since(&self.used)),
-            silent: now.saturating_sub(since(&self.heard)),
+            idle: now.saturating_sub(used),
+            silent: now.saturating_sub(heard),
             forced_websocket: self.lock_fallback().as_ref().map(|it| it.reason.clone()),
         }
     }
@@ -237,7 +226,13 @@ impl Link {
     }
 
     fn now(&self) -> Duration {
-        self.made.elapsed()
+        Duration::from_micros(micros(self.made.elapsed()))
+    }
+
+    fn activity(&self) -> Activity {
+        let [heard, used] =
+            [&self.heard, &self.used].map(|at| Duration::from_micros(at.load(Ordering::Relaxed)));
+        Activity { heard, used }
     }
 
     /// Whether a problem may be logged: a relay that repeats itself must not fill the log.
@@ -299,7 +294,7 @@ enum LinkError {
 
 /// Keeps a link up until it is closed.
 pub(crate) async fn serve(plane: Arc<Plane>, link: Arc<Link>) {
-    let mut failures = 0;
+    let mut redial = Redial::default();
     loop {
         link.become_state(&plane, RelayLink::Dialing);
         let mut up_since = None;
@@ -328,25 +323,15 @@ pub(crate) async fn serve(plane: Arc<Plane>, link: Arc<Link>) {
         link.has_lost.store(true, Ordering::Relaxed);
         link.become_state(&plane, RelayLink::Down { error: error.to_string() });
         plane.forget_routes(link.region());
-        let was_good = up_since.is_some_and(|since| since.elapsed() >= GOOD_SESSION);
-        failures = if was_good { 1 } else { failures + 1 };
-        let pause = pause(failures, rand::random());
-        let pause = match error {
-            LinkError::Restarting(asked) => asked.min(MAX_RESTART_PAUSE).max(pause),
-            _ => pause,
-        };
+        let lived = up_since.map(|since| since.elapsed());
+        let wanted = if let LinkError::Restarting(wanted) = error { Some(wanted) } else { None };
+        let pause = redial.pause(Ended { lived, wanted }, rand::random());
         tracing::info!(region = %link.region(), %error, ?pause, "a relay link is down");
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             () = link.probe.notified() => {}
         }
     }
-}
-
-/// The pause after so many failures in a row; `random` is 0 to 1 (tailnet-data 4).
-fn pause(failures: u32, random: f64) -> Duration {
-    let base = Duration::from_millis(10).saturating_mul(failures.saturating_mul(failures));
-    base.min(MAX_PAUSE).mul_f64(0.5 + random).min(MAX_PAUSE)
 }
 
 /// A connection that is logged in, what of it was read already, and what the login said of our home.
@@ -546,24 +531,16 @@ async fn while_moving(
 
 /// Ends when the relay is silent although it should not be.
 async fn watch(link: &Link) -> Result<std::convert::Infallible, LinkError> {
-    let mut asked_at = None;
+    let mut watch = Watch::default();
     loop {
-        let is_told_to_ask = tokio::select! {
+        let is_wanted = tokio::select! {
             () = tokio::time::sleep(WATCH_PERIOD) => false,
             () = link.probe.notified() => true,
         };
-        let now = Duration::from_micros(micros(link.now()));
-        let heard = Duration::from_micros(link.heard.load(Ordering::Relaxed));
-        let used = Duration::from_micros(link.used.load(Ordering::Relaxed));
-        let silence = now.saturating_sub(heard);
-        asked_at = asked_at.filter(|asked| heard < *asked);
-        let is_unanswered = asked_at.is_some_and(|asked| now.saturating_sub(asked) >= PONG_LIMIT);
-        if is_unanswered || silence >= SILENCE_LIMIT {
-            return Err(LinkError::Silent);
-        }
-        if asked_at.is_none() && (is_told_to_ask || used > heard && silence >= SILENCE) {
-            let _ = link.outgoing.control(&Frame::Ping(rand::random()).encode());
-            asked_at = Some(now);
+        match watch.look(link.now(), link.activity(), is_wanted) {
+            Verdict::Keep => {}
+            Verdict::Ask => drop(link.outgoing.control(&Frame::Ping(rand::random()).encode())),
+            Verdict::Silent => return Err(LinkError::Silent),
         }
     }
 }
@@ -577,16 +554,8 @@ mod tests {
     use super::*;
     use crate::dial::Counted;
 
-    #[test]
-    fn the_pause_grows_with_the_square_of_the_failures_up_to_five_seconds() {
-        let at = |failures| pause(failures, 0.5).as_millis();
-        assert_eq!([at(1), at(2), at(10), at(22), at(1000), at(u32::MAX)], [10, 40, 1000, 4840, 5000, 5000]);
-        assert_eq!(pause(10, 0.0), Duration::from_millis(500));
-        assert_eq!(pause(1000, 1.0), MAX_PAUSE);
-    }
-
     #[tokio::test(start_paused = true)]
-    async fn a_link_in_use_is_asked_after_two_silent_seconds_and_given_up_three_later() {
+    async fn a_silent_relay_is_asked_once_and_its_link_ends_three_seconds_later() {
         let link = link();
         link.send(&NodePublic([1; 32]), b"packet").unwrap();
         tokio::time::sleep(Duration::from_millis(1)).await;
@@ -599,40 +568,13 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_link_that_answers_is_kept() {
-        let link = link();
-        let answering = async {
-            loop {
-                tokio::time::sleep(Duration::from_secs(3)).await;
-                link.note_heard();
-                tokio::time::sleep(Duration::from_millis(1)).await;
-                link.send(&NodePublic([1; 32]), b"packet").unwrap();
-            }
-        };
-        let both = async {
-            tokio::select! { ended = watch(&link) => ended, () = answering => unreachable!() }
-        };
-        assert!(timeout(Duration::from_secs(600), both).await.is_err());
-    }
-
-    /// Conforms: data:20.2.4
-    #[tokio::test(start_paused = true)]
-    async fn an_unused_link_is_not_asked_and_given_up_only_after_two_silent_minutes() {
-        let link = link();
-        let begun = tokio::time::Instant::now();
-        assert!(matches!(watch(&link).await, Err(LinkError::Silent)));
-        assert!(begun.elapsed() >= SILENCE_LIMIT);
-        assert_eq!(asked(&link), 0);
-    }
-
-    #[tokio::test(start_paused = true)]
     async fn a_probed_link_is_asked_at_once() {
         let link = link();
         tokio::time::sleep(Duration::from_millis(1)).await;
         link.probe();
         let begun = tokio::time::Instant::now();
         assert!(matches!(watch(&link).await, Err(LinkError::Silent)));
-        assert!(begun.elapsed() <= PONG_LIMIT + WATCH_PERIOD);
+        assert!(begun.elapsed() <= Duration::from_secs(3) + WATCH_PERIOD);
         assert_eq!(asked(&link), 1);
     }
 

@@ -16,14 +16,11 @@ use hyper::{body::Incoming, upgrade::Upgraded};
 use hyper_util::rt::TokioIo;
 use secrecy::SecretString;
 use tokio::time::timeout;
-use warren_core::relay_map::Node;
+use warren_core::{relay_link::SILENCE_LIMIT, relay_map::Node};
 use warren_observability::redact::{LEAST_SECRET, one_line, redact_cut};
 use warren_proto::derp;
 
-use super::{
-    link::SILENCE_LIMIT,
-    request::{self, Headers, RequestError},
-};
+use super::request::{self, Headers, RequestError};
 use crate::{
     dial::{Alpn, DialError, Dialer, Sent, Target, TlsError},
     websocket::{self, ByteStream, HandshakeError, Limits},

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use rand::RngExt;
-use warren_core::path::{Effect, RelayStands, Via};
+use warren_core::path::{Effect, Via};
 use warren_proto::disco::{PADDED, TxId};
 
 use super::{Event, Packet, RELAY_DELAY, World};
@@ -13,8 +13,8 @@ use crate::{
     tunnel::Message,
 };
 
-/// A relay that does not answer is known to be down after so long.
-const PROOF_LIMIT: Duration = Duration::from_secs(3);
+/// For the relay's answer, when the direct path seems dead.
+const PROOF_LIMIT: Duration = Duration::from_secs(1);
 /// Answers to what was sent before a change have arrived by then.
 const STEADY_AFTER: Duration = Duration::from_secs(2);
 
@@ -87,11 +87,8 @@ impl World {
             Effect::CallMeMaybe(endpoints) => self.relay(id, to, Said::CallMeMaybe(endpoints)),
             Effect::RefreshEndpoints => self.look_for_addresses(id),
             Effect::ProveRelay => {
-                let (pause, stands) = match self.peers[id.0].has_relay {
-                    true => (2 * RELAY_DELAY, RelayStands::Alive),
-                    false => (PROOF_LIMIT, RelayStands::Down),
-                };
-                self.at(pause, Event::Proof(id, stands));
+                self.peers[id.0].relay.prove(self.now);
+                self.at(PROOF_LIMIT, Event::Proof(id, self.now));
             }
             Effect::Changed { to: Some(address), .. } => {
                 self.seen.changes.push((self.now, id, Some(address)));
@@ -115,7 +112,7 @@ impl World {
 
     fn relay(&mut self, from: PeerId, to: PeerId, said: Said) {
         self.note_sent(from, &said);
-        if self.peers[from.0].has_relay {
+        if self.peers[from.0].relay.send(self.now) {
             self.at(RELAY_DELAY, Event::Relayed { from, to, said });
         } else {
             self.lose(from, to, &said, Loss::Relay);
