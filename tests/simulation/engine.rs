@@ -84,6 +84,13 @@ impl Engine {
         }
     }
 
+    pub(crate) fn handle_unreachable(&mut self, now: Instant, to: SocketAddr) {
+        match self {
+            Self::Ours(path) => path.handle_unreachable(now, to),
+            Self::Reference(_) => {}
+        }
+    }
+
     pub(crate) fn handle_link_change(&mut self, now: Instant) {
         match self {
             Self::Ours(path) => path.handle_link_change(now),

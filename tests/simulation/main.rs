@@ -67,6 +67,7 @@ const PAIRS: [(PeerId, PeerId); 2] = [(PeerId(0), PeerId(1)), (PeerId(1), PeerId
 #[derive(Debug, Clone)]
 enum Change {
     Cut { site: usize, out: bool, r#in: bool },
+    Plug { site: usize, is_in: bool },
     Loss { site: usize, per_thousand: u32 },
     Duplicates { site: usize, per_thousand: u32 },
     Delay { site: usize, delay: u64, jitter: u64 },
@@ -89,6 +90,8 @@ struct Story {
     are_neighbours: bool,
     /// The pause between two packets of each from the beginning, if it talks.
     talk: [Option<u64>; 2],
+    /// By how many milliseconds timers are late.
+    late: u64,
     /// Each after so many milliseconds.
     changes: Vec<(u64, Change)>,
 }
@@ -104,6 +107,7 @@ impl Story {
             families,
             are_neighbours: false,
             talk: [Some(20); 2],
+            late: 0,
             changes: Vec::new(),
         }
     }
@@ -111,7 +115,7 @@ impl Story {
     fn begin(&self) -> World {
         let ([one, other], place) = (self.families, usize::from(!self.are_neighbours));
         let places = [(self.makes[0], 0, one), (self.makes[1], place, other)];
-        let mut world = World::new(self.seed, &self.nats, &places);
+        let mut world = World::new(self.seed, &self.nats, &places, Duration::from_millis(self.late));
         for (id, pause) in world.ids().zip(self.talk) {
             world.set_traffic(id, pause.map(Duration::from_millis));
         }
@@ -132,6 +136,7 @@ fn change() -> impl Strategy<Value = Change> {
     let relay = proptest::sample::select(&[Relay::Answers, Relay::Refuses, Relay::Swallows][..]);
     prop_oneof![
         3 => (site.clone(), any::<bool>(), any::<bool>()).prop_map(|(site, out, r#in)| Change::Cut { site, out, r#in }),
+        1 => (site.clone(), any::<bool>()).prop_map(|(site, is_in)| Change::Plug { site, is_in }),
         2 => (site.clone(), 0..300_u32).prop_map(|(site, per_thousand)| Change::Loss { site, per_thousand }),
         1 => (site.clone(), 0..300_u32).prop_map(|(site, per_thousand)| Change::Duplicates { site, per_thousand }),
         1 => (site.clone(), 1..200_u64, 0..100_u64).prop_map(|(site, delay, jitter)| Change::Delay { site, delay, jitter }),
@@ -156,14 +161,15 @@ fn story(makes: impl Strategy<Value = [Make; 2]>) -> impl Strategy<Value = Story
     let changes = proptest::collection::vec((0..20_000_u64, change()), 0..10);
     let places = ([nat.clone(), nat], [families.clone(), families], proptest::bool::weighted(0.2));
     let talk = proptest::option::of(5..2000_u64);
-    (any::<u64>(), makes, places, [talk.clone(), talk], changes).prop_map(
-        |(seed, makes, (nats, families, are_neighbours), talk, changes)| Story {
+    (any::<u64>(), makes, places, [talk.clone(), talk], 0..4_u64, changes).prop_map(
+        |(seed, makes, (nats, families, are_neighbours), talk, late, changes)| Story {
             seed,
             makes,
             nats,
             families,
             are_neighbours,
             talk,
+            late,
             changes,
         },
     )
@@ -199,6 +205,7 @@ fn happen(world: &mut World, change: &Change) {
             let conditions = world.network.conditions(site);
             (conditions.is_cut_out, conditions.is_cut_in) = (out, r#in);
         }
+        Change::Plug { site, is_in } => world.network.conditions(site).is_unplugged = !is_in,
         Change::Loss { site, per_thousand } => world.network.conditions(site).loss = per_thousand,
         Change::Duplicates { site, per_thousand } => world.network.conditions(site).duplicates = per_thousand,
         Change::Delay { site, delay, jitter } => {
@@ -461,6 +468,23 @@ fn with_a_reference_peer_a_way_that_shrinks_under_load_is_left_within_a_second()
         assert!(are_direct(&world));
         world.network.conditions(site).mtu = 1300;
         everything_comes_after(&mut world, SECOND, Duration::from_secs(60));
+    }
+}
+
+/// Who sends is told that there is no way; and has the peer leave, which is not.
+#[test]
+fn with_a_reference_peer_an_uplink_of_ours_that_is_pulled_costs_a_quarter_of_a_second() {
+    for (ours, makes) in WITH_REFERENCE.into_iter().enumerate() {
+        for nat in [None, Some(Kind::PortRestricted)] {
+            let mut world = Story::quiet(makes, [nat, None]).begin();
+            world.run(Duration::from_secs(20));
+            assert!(are_direct(&world));
+            happen(&mut world, &Change::Plug { site: ours, is_in: false });
+            everything_comes_after(&mut world, Duration::from_millis(250), Duration::from_secs(60));
+            world.heal();
+            everything_comes_after(&mut world, Duration::ZERO, SECOND + Duration::from_millis(100));
+            assert!(are_direct(&world), "{makes:?}");
+        }
     }
 }
 

@@ -30,6 +30,8 @@ pub(crate) struct Conditions {
     pub(crate) is_cut_out: bool,
     /// Nothing gets in.
     pub(crate) is_cut_in: bool,
+    /// There is no uplink, which hosts are told when they send.
+    pub(crate) is_unplugged: bool,
     /// Of a thousand datagrams so many are lost, each way.
     pub(crate) loss: u32,
     /// Of a thousand datagrams so many come twice.
@@ -47,6 +49,7 @@ impl Default for Conditions {
         Self {
             is_cut_out: false,
             is_cut_in: false,
+            is_unplugged: false,
             loss: 0,
             duplicates: 0,
             delay: Duration::from_millis(5),
@@ -185,7 +188,7 @@ impl<P: Clone> Network<P> {
         let Some(there) = self.site_at(to.ip()) else { return false };
         [here, there].map(|site| &self.sites[site].conditions).into_iter().all(|conditions| {
             let fits = PADDED + HEADERS[usize::from(to.is_ipv6())] <= conditions.mtu;
-            fits && !conditions.is_cut_out && !conditions.is_cut_in
+            fits && !conditions.is_cut_out && !conditions.is_cut_in && !conditions.is_unplugged
         })
     }
 
@@ -201,7 +204,7 @@ impl<P: Clone> Network<P> {
         std::mem::take(&mut self.ended)
     }
 
-    /// A host sends `length` bytes from one of its ports.
+    /// A host sends `length` bytes from one of its ports. Returns whether it may: otherwise it knows of no way there.
     pub(crate) fn send(
         &mut self,
         now: Instant,
@@ -210,15 +213,34 @@ impl<P: Clone> Network<P> {
         to: SocketAddr,
         length: usize,
         payload: P,
-    ) {
+    ) -> bool {
         let Host { site, addresses } = &self.hosts[host.0];
         let site = *site;
         let own = addresses.iter().find(|own| own.is_ipv4() == to.is_ipv4()).copied();
-        let Some(own) = own else { return self.end(Fate::Unreachable, payload) };
+        let is_near = self.host_in(Some(site), to.ip()).is_some();
+        let own = own.filter(|_| is_near || !self.sites[site].conditions.is_unplugged);
+        let Some(own) = own else {
+            self.end(Fate::Unreachable, payload);
+            return false;
+        };
         let inner = SocketAddr::new(own, port);
-        if self.host_in(Some(site), to.ip()).is_some() {
-            return self.fly(now, inner, to, Some(site), payload);
+        if is_near {
+            self.fly(now, inner, to, Some(site), payload);
+        } else {
+            self.leave(now, site, inner, to, length, payload);
         }
+        true
+    }
+
+    fn leave(
+        &mut self,
+        now: Instant,
+        site: usize,
+        inner: SocketAddr,
+        to: SocketAddr,
+        length: usize,
+        payload: P,
+    ) {
         let chance = &mut self.chance;
         let from = match &mut self.sites[site].nat {
             Some(nat) if to.is_ipv4() => nat.leave(now, inner, to, || chance.random()),
@@ -272,7 +294,7 @@ impl<P: Clone> Network<P> {
         }
         let site = self.site_at(to.ip()).ok_or(Fate::Unreachable)?;
         let conditions = self.sites[site].conditions;
-        if conditions.is_cut_in {
+        if conditions.is_cut_in || conditions.is_unplugged {
             return Err(Fate::Cut);
         }
         if self.happens(conditions.loss) {
@@ -387,11 +409,13 @@ mod tests {
         let mut network = Network::new(1);
         let home = network.add_site(Some(Kind::Symmetric));
         let [one, other] = [(); 2].map(|()| network.add_host(home, Families::V4));
-        *network.conditions(home) = Conditions { is_cut_out: true, loss: 1000, ..Conditions::default() };
+        *network.conditions(home) =
+            Conditions { is_cut_out: true, is_unplugged: true, loss: 1000, ..Conditions::default() };
         let (now, to) = (Instant::now(), SocketAddr::new(network.addresses(other)[0], PORT));
-        network.send(now, one, PORT, to, 100, ());
+        assert!(network.send(now, one, PORT, to, 100, ()));
         let arrival = network.poll_arrival(now).unwrap();
         assert_eq!((arrival.at, arrival.from.ip()), (other, network.addresses(one)[0]));
+        assert!(!network.send(now, one, PORT, SocketAddr::from(([203, 0, 113, 9], PORT)), 100, ()));
     }
 
     #[test]
@@ -404,7 +428,7 @@ mod tests {
         let conditions = network.conditions(network.site_of(one));
         (conditions.duplicates, conditions.jitter) = (1000, Duration::from_millis(50));
         let (now, to) = (Instant::now(), SocketAddr::new(network.addresses(other)[0], PORT));
-        (0..20).for_each(|number| network.send(now, one, PORT, to, 100, number));
+        assert!((0..20).all(|number| network.send(now, one, PORT, to, 100, number)));
         let came = std::iter::from_fn(|| network.poll_arrival(now + Duration::from_secs(1)));
         let came: Vec<u8> = came.map(|arrival| arrival.payload).collect();
         assert_eq!(came.len(), 40);

@@ -12,6 +12,8 @@ const LOGIN: Duration = RELAY_DELAY.saturating_mul(6);
 /// A dialled relay that says nothing is let be after so long; before that, TCP tries again after 1, 2 and 4 s.
 const DIAL_LIMIT: Duration = Duration::from_secs(10);
 const FIRST_RETRY: Duration = Duration::from_secs(1);
+/// How often a relay shows of its own accord that it is there.
+const KEEPALIVE: Duration = Duration::from_secs(60);
 
 /// What becomes of a connection to the relay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,7 +38,7 @@ pub(crate) struct Link {
 
 #[derive(Debug)]
 enum State {
-    Up { since: Instant, watch: Watch, activity: Activity, next_look: Instant, answer: Option<Instant> },
+    Up { since: Instant, watch: Watch, activity: Activity, next_look: Instant, next_word: Instant },
     Dialing { since: Instant, next: Instant, retry: Duration },
     Pausing { until: Instant },
 }
@@ -115,7 +117,7 @@ impl Link {
 
     pub(crate) fn poll_timeout(&self) -> Instant {
         match &self.state {
-            State::Up { next_look, answer, .. } => answer.map_or(*next_look, |at| at.min(*next_look)),
+            State::Up { next_look, next_word, .. } => *next_look.min(next_word),
             State::Dialing { next, .. } => *next,
             State::Pausing { until } => *until,
         }
@@ -127,7 +129,10 @@ impl Link {
             return false;
         }
         match &mut self.state {
-            State::Up { answer: Some(at), .. } if *at <= now => self.hear_answer(now),
+            State::Up { next_word, .. } if *next_word <= now => {
+                *next_word = now + KEEPALIVE;
+                self.receive(now);
+            }
             State::Up { next_look, .. } => {
                 *next_look = now + WATCH_PERIOD;
                 if self.look(now, false) == Verdict::Silent {
@@ -154,21 +159,12 @@ impl Link {
 
     fn look(&mut self, now: Instant, is_wanted: bool) -> Verdict {
         let at = now - self.made;
-        let State::Up { watch, activity, answer, .. } = &mut self.state else { return Verdict::Keep };
+        let State::Up { watch, activity, next_word, .. } = &mut self.state else { return Verdict::Keep };
         let verdict = watch.look(at, *activity, is_wanted);
         if verdict == Verdict::Ask && self.relay == Relay::Answers {
-            *answer = Some(now + 2 * RELAY_DELAY);
+            *next_word = (*next_word).min(now + 2 * RELAY_DELAY);
         }
         verdict
-    }
-
-    fn hear_answer(&mut self, now: Instant) {
-        if let State::Up { answer, .. } = &mut self.state {
-            *answer = None;
-        }
-        if self.relay == Relay::Answers {
-            self.hear(now);
-        }
     }
 
     fn hear(&mut self, now: Instant) {
@@ -181,8 +177,8 @@ impl Link {
     fn log_in(&mut self, now: Instant) {
         let heard = now - self.made;
         let activity = Activity { heard, used: heard };
-        let (watch, next_look) = (Watch::default(), now + WATCH_PERIOD);
-        self.state = State::Up { since: now, watch, activity, next_look, answer: None };
+        let (watch, next_look, next_word) = (Watch::default(), now + WATCH_PERIOD, now + KEEPALIVE);
+        self.state = State::Up { since: now, watch, activity, next_look, next_word };
     }
 
     fn end(&mut self, now: Instant, random: f64) {

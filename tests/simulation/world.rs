@@ -39,15 +39,22 @@ const STUN_PERIOD: Duration = Duration::from_secs(23);
 const STUN_PORT: u16 = 3478;
 /// Bytes of a STUN message.
 const STUN_LENGTH: usize = 40;
+const COMPLAINT_LENGTH: usize = 56;
 /// More events than this at one moment are a loop.
 const MAX_AT_ONCE: usize = 10_000;
 
 /// What goes through the network.
 #[derive(Debug, Clone)]
 pub(crate) enum Packet {
-    Said { from: PeerId, to: PeerId, said: Said },
+    Said {
+        from: PeerId,
+        to: PeerId,
+        said: Said,
+    },
     StunQuestion,
     StunAnswer(SocketAddr),
+    /// ICMP: nobody listens where something was sent to this peer.
+    Complaint(PeerId),
 }
 
 /// What happens at a moment, besides datagrams and the peers' own timers.
@@ -94,6 +101,8 @@ pub(crate) struct World {
     stun: HostId,
     control: Control,
     chance: SmallRng,
+    /// By how much the peers' timers are late.
+    late: Duration,
     events: BTreeMap<(Instant, u64), Event>,
     count: u64,
     /// The streams of packets: which one it is, and the pause between two packets.
@@ -102,8 +111,13 @@ pub(crate) struct World {
 }
 
 impl World {
-    /// A world with sites of these kinds, and peers in them, each of which knows all others.
-    pub(crate) fn new(seed: u64, sites: &[Option<Kind>], places: &[(Make, usize, Families)]) -> Self {
+    /// A world with sites of these kinds, and peers in them, each of which knows all others; their timers are so late.
+    pub(crate) fn new(
+        seed: u64,
+        sites: &[Option<Kind>],
+        places: &[(Make, usize, Families)],
+        late: Duration,
+    ) -> Self {
         let mut network = Network::new(seed);
         for nat in sites {
             network.add_site(*nat);
@@ -130,6 +144,7 @@ impl World {
             stun,
             control: Control::default(),
             chance,
+            late,
             events: BTreeMap::new(),
             count: 0,
             streams: vec![(0, None); peers.len()],
@@ -257,7 +272,7 @@ impl World {
 
     fn poll_timeout(&self) -> Option<Instant> {
         let events = self.events.keys().next().map(|(due, _)| *due);
-        let peers = self.peers.iter().filter_map(Peer::poll_timeout);
+        let peers = self.peers.iter().filter_map(Peer::poll_timeout).map(|due| due + self.late);
         peers.chain(events).chain(self.network.poll_timeout()).min()
     }
 
@@ -286,7 +301,8 @@ impl World {
         let Arrival { at, to, from, payload } = arrival;
         if at == self.stun {
             let answer = Packet::StunAnswer(from);
-            return self.network.send(self.now, at, STUN_PORT, from, STUN_LENGTH, answer);
+            self.network.send(self.now, at, STUN_PORT, from, STUN_LENGTH, answer);
+            return;
         }
         let Some(id) = self.ids().find(|id| self.peers[id.0].host == at) else { return };
         let is_open = self.peers[id.0].port == to.port();
@@ -294,7 +310,11 @@ impl World {
             Packet::Said { from: sender, said, .. } if is_open => {
                 self.hear(id, sender, Via::Direct(from), said);
             }
-            Packet::Said { from: sender, to: meant, said } => self.lose(sender, meant, &said, Loss::Closed),
+            Packet::Said { from: sender, to: meant, said } => {
+                self.lose(sender, meant, &said, Loss::Closed);
+                self.network.send(self.now, at, to.port(), from, COMPLAINT_LENGTH, Packet::Complaint(meant));
+            }
+            Packet::Complaint(of) => self.peers[id.0].other(of).path.handle_unreachable(self.now, from),
             Packet::StunAnswer(mapped) if is_open => self.note_mapping(id, mapped),
             Packet::StunAnswer(_) | Packet::StunQuestion => {}
         }

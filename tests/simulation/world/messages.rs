@@ -107,7 +107,10 @@ impl World {
         self.note_sent(from, &said);
         let Peer { host, port, .. } = self.peers[from.0];
         debug_assert_ne!(from, to);
-        self.network.send(self.now, host, port, address, length, Packet::Said { from, to, said });
+        let packet = Packet::Said { from, to, said };
+        if !self.network.send(self.now, host, port, address, length, packet) {
+            self.peers[from.0].other(to).path.handle_unreachable(self.now, address);
+        }
     }
 
     fn relay(&mut self, from: PeerId, to: PeerId, said: Said) {
