@@ -109,12 +109,17 @@ impl PacketIo {
     }
 
     fn take_network(&self, state: &mut State, network: Arc<Network>) {
-        if note_network(state, network) == Some(Change::Major) {
+        let change = note_network(state, network);
+        if change == Some(Change::Major) {
             // It tells everybody whom that concerns, us too: peers are made to leave addresses that we lose once the
             // paths know why. One that has no room left has heard of it already.
             if self.net.coordinator.try_send(coordinator::Message::Wake(Cause::Network)).is_ok() {
                 return;
             }
+        }
+        if change == Some(Change::Minor) {
+            // The world may see us elsewhere as well. Without room it is being looked at.
+            let _ = self.net.relay.try_send(relay::Message::EndpointsWanted);
         }
         self.tell_whereabouts(state);
     }
@@ -148,7 +153,7 @@ impl PacketIo {
 
     fn ports(&self) -> Ports {
         let ports = self.net.data_plane.local_ports();
-        Ports { v4: ports.map(|ports| ports.v4), v6: ports.and_then(|ports| ports.v6), configured: None }
+        Ports { v4: ports.map(|ports| ports.v4), v6: ports.and_then(|ports| ports.v6) }
     }
 }
 
@@ -273,7 +278,7 @@ mod tests {
             addresses: Vec::new(),
             keepalive: false,
             endpoints: Vec::new(),
-            ready: true,
+            announcements: 1,
         };
         let map = net.network_map.claim().unwrap();
         map.set(NetworkMap { peers: [(Uuid::nil(), peer)].into() });

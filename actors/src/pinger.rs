@@ -353,7 +353,7 @@ mod tests {
                 addresses: Vec::new(),
                 keepalive: false,
                 endpoints: Vec::new(),
-                ready: true,
+                announcements: 1,
             };
             let peers = ids.iter().map(|id| (Uuid::from_u128(u128::from(*id)), peer(id))).collect();
             self.part.net.network_map.claim().unwrap().set(NetworkMap { peers });

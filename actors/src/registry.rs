@@ -359,7 +359,7 @@ mod tests {
             addresses: Vec::new(),
             keepalive: true,
             endpoints: Vec::new(),
-            ready: true,
+            announcements: 1,
         };
         let peers = [(Uuid::from_u128(1), peer)].into();
         setting.part.net.network_map.claim().unwrap().set(NetworkMap { peers });

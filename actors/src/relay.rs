@@ -522,7 +522,7 @@ pub(crate) mod tests {
                 addresses: Vec::new(),
                 keepalive: false,
                 endpoints: Vec::new(),
-                ready: true,
+                announcements: 1,
             };
             let peers = homes.iter().map(|home| (Uuid::from_u128(u128::from(*home)), peer(home))).collect();
             self.net.network_map.claim().unwrap().set(NetworkMap { peers });

@@ -179,7 +179,7 @@ impl Peer {
         let (policy, own) = (self.policy, self.collected_at.map(|at| (at, self.endpoints.clone())));
         let other = self.other(id);
         assert_eq!((other.key, &*wanted.addresses), (wanted.node_key, &[id.address()][..]));
-        let (is_ready, is_warm) = (wanted.ready, wanted.keepalive);
+        let (announcements, is_warm) = (wanted.announcements, wanted.keepalive);
         let Some(was) = other.settings.replace(wanted.clone()) else {
             other.tunnel.set_keepalive(keepalive(is_warm));
             other.path.set_policy(now, policy);
@@ -197,7 +197,7 @@ impl Peer {
         if was.endpoints != wanted.endpoints {
             other.path.handle_node(now, &wanted.endpoints);
         }
-        let is_ready = !was.ready && is_ready;
+        let is_ready = was.announcements < announcements;
         if is_ready {
             other.path.handle_ready(now);
         }

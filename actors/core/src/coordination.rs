@@ -64,9 +64,9 @@ pub struct Peer {
     pub keepalive: bool,
     /// Where it says that it can be reached over UDP.
     pub endpoints: Vec<SocketAddr>,
-    /// Whether it said that it knows us. One that did not was given the time to: what it left unanswered is worth
-    /// repeating once it does.
-    pub ready: bool,
+    /// How often it said that it knows us, of several times between two losses one. Who never did was given the time to:
+    /// what was left unanswered is worth repeating whenever this grows.
+    pub announcements: u32,
 }
 
 /// What to send on the Coordinate stream, in this order.
@@ -128,7 +128,9 @@ pub struct Coordination {
 struct Entry {
     node: Option<Peer>,
     ready: Ready,
-    /// READY was heard with the present node key.
+    /// How often READY was heard with the present node key, once at most between two losses.
+    announcements: u32,
+    /// READY was heard since the peer was lost last.
     is_announced: bool,
     /// When READY was last heard: it may be meant for a node that is yet to come.
     announced_at: Option<Instant>,
@@ -168,7 +170,7 @@ impl Coordination {
     pub fn disconnected(&mut self, now: Instant, last_handshake: impl Fn(&NodePublic) -> Option<Duration>) {
         self.destinations.disconnected();
         for entry in self.peers.values_mut() {
-            entry.announced_at = None;
+            entry.forget_ready();
             if entry.lost_until.is_none() {
                 entry.lose(now, &last_handshake);
             }
@@ -254,7 +256,7 @@ impl Coordination {
         let may_be_programmed = !is_destination || entry.ready == Ready::Yes;
         // Kept warm also after the timeout: managers show an agent without a fresh handshake as dead.
         let peer = entry.node.as_ref().filter(|_| may_be_programmed)?;
-        Some(Peer { keepalive: is_destination, ready: entry.is_announced, ..peer.clone() })
+        Some(Peer { keepalive: is_destination, announcements: entry.announcements, ..peer.clone() })
     }
 
     /// A peer that was known before it became a destination waits for READY from now on.
@@ -323,7 +325,7 @@ impl Coordination {
         let entry = self.entry(id)?;
         if entry.has_other_key(&peer) && !entry.was_announced(now) {
             entry.ready = Ready::No;
-            entry.is_announced = false;
+            (entry.announcements, entry.is_announced) = (0, false);
         }
         entry.node = Some(peer);
         entry.lost_until = None;
@@ -336,7 +338,9 @@ impl Coordination {
     fn handle_ready(&mut self, now: Instant, id: Uuid) -> Result<(), IgnoredReason> {
         let entry = self.entry(id)?;
         entry.ready = Ready::Yes;
-        entry.is_announced = true;
+        if !std::mem::replace(&mut entry.is_announced, true) {
+            entry.announcements = entry.announcements.saturating_add(1);
+        }
         entry.announced_at = Some(now);
         Ok(())
     }
@@ -358,7 +362,7 @@ impl Coordination {
         last_handshake: &impl Fn(&NodePublic) -> Option<Duration>,
     ) {
         let Some(entry) = self.peers.get_mut(id) else { return };
-        entry.announced_at = None;
+        entry.forget_ready();
         entry.lose(now, last_handshake);
     }
 }
@@ -369,6 +373,11 @@ impl Entry {
         let since =
             self.node.as_ref().and_then(|peer| last_handshake(&peer.node_key)).unwrap_or(LOST_TIMEOUT);
         self.lost_until = Some(now + LOST_TIMEOUT.saturating_sub(since));
+    }
+
+    /// What it said before it was lost says nothing of whether it knows us now.
+    fn forget_ready(&mut self) {
+        (self.is_announced, self.announced_at) = (false, None);
     }
 
     fn has_other_key(&self, peer: &Peer) -> bool {

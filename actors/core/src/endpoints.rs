@@ -1,9 +1,8 @@
 //! Our own endpoints: where peers may find us without a relay (tailnet-data 9).
 //!
-//! In this order, without duplicates: how STUN servers see us by IPv4, with the configured port beside it where
-//! a NAT maps every destination to another port and somebody may have forwarded ours; by IPv6; how they saw us
-//! lately; and the addresses of our interfaces, each with the port of the socket of its own family. The list
-//! is the same for the control plane, for peers and for people.
+//! In this order, without duplicates: how STUN servers see us by IPv4, and by IPv6; how they saw us lately; and the
+//! addresses of our interfaces, each with the port of the socket of its own family. The list is the same for the
+//! control plane, for peers and for people. There is no port that a person could configure, and so none to be told.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -22,9 +21,6 @@ const MAPPING_MEMORY: Duration = Duration::from_secs(5 * 60 + 10);
 const MAX_REMEMBERED: usize = 8;
 /// Peers probe every endpoint, at 1.3 KB each, and keep a hundred at most.
 pub const MAX_ENDPOINTS: usize = 32;
-/// A list that is older is renewed before a peer is asked to call (tailnet-data 7.1): below the 30 s after
-/// which the most forgetful NATs drop a mapping.
-pub const FRESH: Duration = Duration::from_secs(27);
 /// Interfaces of another overlay network, which would carry one tunnel inside of the other.
 const OVERLAY_PREFIX: &str = "zt";
 
@@ -35,8 +31,6 @@ pub struct Ports {
     pub v4: Option<u16>,
     /// Of the IPv6 socket, if there is one.
     pub v6: Option<u16>,
-    /// The port that a person has configured, and perhaps forwarded in a router.
-    pub configured: Option<u16>,
 }
 
 impl Ports {
@@ -52,12 +46,10 @@ impl Ports {
 #[derive(Debug, Default)]
 pub struct Endpoints {
     ports: Ports,
-    own_device: Option<u32>,
     interfaces: Vec<Interface>,
     mappings: Mappings,
     /// How we were seen lately, and when last; the newest at the end.
     remembered: VecDeque<(SocketAddr, Instant)>,
-    refreshed_at: Option<Instant>,
 }
 
 impl Endpoints {
@@ -76,11 +68,6 @@ impl Endpoints {
         self.ports = ports;
     }
 
-    /// Takes the index of the tunnel's own device.
-    pub fn set_own_device(&mut self, index: Option<u32>) {
-        self.own_device = index;
-    }
-
     /// Takes the interfaces of this machine.
     pub fn set_interfaces(&mut self, interfaces: Vec<Interface>) {
         self.interfaces = interfaces;
@@ -89,7 +76,6 @@ impl Endpoints {
     /// Takes how STUN servers see us now.
     pub fn handle_mappings(&mut self, now: Instant, mappings: &Mappings) {
         self.mappings = *mappings;
-        self.refreshed_at = Some(now);
         for seen in seen(mappings) {
             self.remembered.retain(|(other, _)| *other != seen);
             self.remembered.push_back((seen, now));
@@ -100,10 +86,7 @@ impl Endpoints {
     /// The list, best first; at most [`MAX_ENDPOINTS`].
     pub fn list(&self, now: Instant) -> Vec<SocketAddr> {
         let lately = self.remembered.iter().rev().filter(|(_, at)| is_remembered(*at, now));
-        let all = seen(&self.mappings)
-            .chain(self.with_configured_port())
-            .chain(lately.map(|(seen, _)| *seen))
-            .chain(self.local());
+        let all = seen(&self.mappings).chain(lately.map(|(seen, _)| *seen)).chain(self.local());
         in_order(all)
     }
 
@@ -115,21 +98,6 @@ impl Endpoints {
         Families { v4: has(Family::V4), v6: has(Family::V6) }
     }
 
-    /// How long ago the list was renewed; `None` if it never was.
-    pub fn age(&self, now: Instant) -> Option<Duration> {
-        Some(now.saturating_duration_since(self.refreshed_at?))
-    }
-
-    /// Whether the list should be renewed before a peer is asked to call.
-    pub fn should_refresh(&self, now: Instant) -> bool {
-        self.age(now).is_none_or(|age| age > FRESH)
-    }
-
-    /// When the list gets shorter by itself; [`Self::handle_timeout`] is due then.
-    pub fn poll_timeout(&self) -> Option<Instant> {
-        self.remembered.front().map(|(_, at)| *at + MAPPING_MEMORY)
-    }
-
     /// Forgets what was seen too long ago.
     pub fn handle_timeout(&mut self, now: Instant) {
         self.expire(now);
@@ -137,12 +105,6 @@ impl Endpoints {
 }
 
 impl Endpoints {
-    /// Where a peer would reach us if somebody forwarded the configured port to us.
-    fn with_configured_port(&self) -> Option<SocketAddr> {
-        let port = self.ports.configured.filter(|_| self.mappings.varies_by_destination == Some(true))?;
-        Some(SocketAddr::new(IpAddr::V4(*self.mappings.v4?.ip()), port))
-    }
-
     /// The addresses of our interfaces, the best kind there is; IPv4 first, in order.
     fn local(&self) -> impl Iterator<Item = SocketAddr> + use<> {
         let has_mapping = seen(&self.mappings).next().is_some();
@@ -154,13 +116,10 @@ impl Endpoints {
         told.filter_map(move |address| Some(SocketAddr::new(address, ports.of(Family::of(address))?)))
     }
 
-    /// Every address that a peer might ever be told.
+    /// Every address that a peer might ever be told. Our own device has inner ones only.
     fn addresses(&self) -> impl Iterator<Item = IpAddr> {
-        let is_foreign = |interface: &&Interface| {
-            interface.is_up
-                && !interface.name.starts_with(OVERLAY_PREFIX)
-                && Some(interface.index) != self.own_device
-        };
+        let is_foreign =
+            |interface: &&Interface| interface.is_up && !interface.name.starts_with(OVERLAY_PREFIX);
         let addresses = self.interfaces.iter().filter(is_foreign).flat_map(|interface| &interface.addresses);
         addresses.copied().filter(|address| Rank::of(*address) != Rank::Never)
     }

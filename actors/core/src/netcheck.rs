@@ -181,11 +181,6 @@ impl Report {
     pub fn has_ipv6(&self) -> bool {
         self.mappings.v6.is_some() || self.latencies.values().any(|latency| latency.v6.is_some())
     }
-
-    /// Whether the IPv4 socket can send nothing, so that a new one should be tried (tailnet-data 7.9).
-    pub fn should_rebind(&self) -> bool {
-        self.can_send_v4 == Some(false)
-    }
 }
 
 /// Why a question was not sent.

@@ -347,7 +347,8 @@ impl Round {
 }
 
 /// What a manager is told of an answer: `region` is the relay region it came through, `None` a direct
-/// path; then our home region stands for it.
+/// path; then our home region stands for it. Regions are told apart by name there, so of several with one name the
+/// nearest counts.
 pub fn report(
     latency: Duration,
     region: Option<RegionId>,
@@ -355,13 +356,10 @@ pub fn report(
     home: Option<RegionId>,
     latencies: &Report,
 ) -> PingReport {
-    let preferred = region.or(home);
-    PingReport {
-        latency,
-        direct: region.is_none(),
-        region_name: map.region_name(preferred),
-        region_latency: preferred.and_then(|id| latencies.get(&id)?.best()),
-    }
+    let region_name = map.region_name(region.or(home));
+    let named = latencies.iter().filter(|(id, _)| map.region_name(Some(**id)) == region_name);
+    let region_latency = named.filter_map(|(_, latency)| latency.best()).min();
+    PingReport { latency, direct: region.is_none(), region_name, region_latency }
 }
 
 #[cfg(test)]

@@ -88,7 +88,7 @@ impl Agent {
             addresses: Vec::new(),
             keepalive: true,
             endpoints: Vec::new(),
-            ready: true,
+            announcements: 1,
         };
         pings.set_peers(now, &NetworkMap { peers: [(Uuid::nil(), peer)].into() });
         let (answers, txid, messages, answered) = (Vec::new(), 0, 0, 0);

@@ -68,8 +68,8 @@ pub(crate) struct Settings {
     pub(crate) keepalive: Keepalive,
     /// Where it says that it is reached over UDP.
     endpoints: Vec<SocketAddr>,
-    /// Whether it said that it knows us.
-    is_ready: bool,
+    /// How often it said that it knows us.
+    announcements: u32,
 }
 
 /// What every path has to know about ourselves.
@@ -172,7 +172,7 @@ impl Settings {
             addresses: peer.addresses.clone(),
             keepalive,
             endpoints: peer.endpoints.clone(),
-            is_ready: peer.ready,
+            announcements: peer.announcements,
         }
     }
 }
@@ -330,7 +330,8 @@ impl Peers {
         if was.endpoints != settings.endpoints {
             peer.ways().path.handle_node(now, &settings.endpoints);
         }
-        let (is_warm, is_ready) = (settings.keepalive == Keepalive::On, !was.is_ready && settings.is_ready);
+        let (is_warm, is_ready) =
+            (settings.keepalive == Keepalive::On, was.announcements < settings.announcements);
         if is_ready {
             peer.ways().path.handle_ready(now);
         }
@@ -479,9 +480,9 @@ mod tests {
     fn a_handshake_that_was_sent_before_the_peer_knew_us_is_repeated_once_it_does() {
         let (peers, engines) = (Peers::new(Direct::Blocked), engines());
         let mut map = network(1);
-        map.peers.get_mut(&Uuid::from_u128(0)).unwrap().ready = false;
+        map.peers.get_mut(&Uuid::from_u128(0)).unwrap().announcements = 0;
         assert_eq!(peers.set(|| &map, &engines, Instant::now()).len(), 1);
-        map.peers.get_mut(&Uuid::from_u128(0)).unwrap().ready = true;
+        map.peers.get_mut(&Uuid::from_u128(0)).unwrap().announcements = 1;
         assert_eq!(peers.set(|| &map, &engines, Instant::now()).len(), 1);
         assert!(peers.set(|| &map, &engines, Instant::now()).is_empty());
     }
@@ -511,7 +512,7 @@ mod tests {
             addresses: vec![address(number)],
             keepalive: true,
             endpoints: Vec::new(),
-            ready: true,
+            announcements: 1,
         };
         let peers = (0..peers).map(|number| (Uuid::from_u128(u128::from(number)), peer(number))).collect();
         NetworkMap { peers }

@@ -989,7 +989,7 @@ fn network(peers: &[&Side], keepalive: bool) -> NetworkMap {
         addresses: vec![side.address],
         keepalive,
         endpoints: Vec::new(),
-        ready: true,
+        announcements: 1,
     };
     NetworkMap {
         peers: peers.iter().map(|side| (Uuid::from_bytes(side.address.octets()), peer(side))).collect(),

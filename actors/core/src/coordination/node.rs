@@ -54,7 +54,7 @@ pub(super) fn decode(node: &tailnet::Node) -> Result<Peer, NodeError> {
         addresses: single_addresses(&allowed),
         keepalive: false,
         endpoints: endpoints(&node.endpoints),
-        ready: false,
+        announcements: 0,
     })
 }
 

@@ -182,6 +182,21 @@ const ROWS: &[Row] = &[
         ],
     ),
     (
+        "READY after a loss is news, once: what was sent to a peer that had forgotten us is repeated",
+        &[
+            WANTED,
+            (Ready, Same),
+            (Node(1, 1), Programmed),
+            (Handshake, Same),
+            (AllLost, Same),
+            (Node(1, 1), Same),
+            (Ready, Programmed),
+            (Ready, Same),
+            (Lost, Same),
+            (Ready, Programmed),
+        ],
+    ),
+    (
         "P11: LOST or DISCONNECTED for an unknown peer",
         &[(Lost, Same), (Disconnected, Same), (Pass(MINUTE), Same)],
     ),
@@ -219,7 +234,7 @@ const ROWS: &[Row] = &[
             (Handshake, Same),
             (Pass(MINUTE), Same),
             (Lost, Same),
-            (Ready, Same),
+            (Ready, Programmed),
             (Pass(MINUTE), Same),
             (Node(2, 1), Programmed),
         ],
@@ -342,7 +357,7 @@ fn new_peers_are_programmed_with_their_homes_and_endpoints_and_only_who_is_wante
             addresses: vec![format!("fd60:627a:a42b::{number}").parse().unwrap()],
             keepalive: is_warm,
             endpoints: texts(number).iter().map(|text| text.parse().unwrap()).collect(),
-            ready: is_warm,
+            announcements: u32::from(is_warm),
         };
         assert_eq!(peers[&id(number.into())], expected);
     }

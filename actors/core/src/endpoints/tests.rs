@@ -5,8 +5,7 @@ use proptest::{collection::vec, prelude::*};
 use super::*;
 use crate::network::is_inner;
 
-const PORTS: Ports = Ports { v4: Some(4000), v6: Some(6000), configured: None };
-const OWN_DEVICE: u32 = 9;
+const PORTS: Ports = Ports { v4: Some(4000), v6: Some(6000) };
 
 #[test]
 fn the_list_is_in_order_ipv4_before_ipv6_each_with_its_own_sockets_port() {
@@ -30,25 +29,6 @@ fn an_address_that_is_its_own_mapping_is_told_once() {
     let now = Instant::now();
     it.handle_mappings(now, &mappings(Some("198.51.100.9:4000"), None));
     assert_eq!(told(&it, now), ["198.51.100.9:4000"]);
-}
-
-#[test]
-fn the_configured_port_is_told_beside_a_mapping_that_varies() {
-    let now = Instant::now();
-    for (configured, varies, is_told) in [
-        (Some(41641), Some(true), true),
-        (Some(41641), Some(false), false),
-        (Some(41641), None, false),
-        (None, Some(true), false),
-    ] {
-        let mut it = own(&[]);
-        it.set_ports(Ports { configured, ..PORTS });
-        let mapped = Mappings { varies_by_destination: varies, ..mappings(Some("198.51.100.9:1111"), None) };
-        it.handle_mappings(now, &mapped);
-        let expected: &[&str] =
-            if is_told { &["198.51.100.9:1111", "198.51.100.9:41641"] } else { &["198.51.100.9:1111"] };
-        assert_eq!(told(&it, now), expected, "{configured:?}, {varies:?}");
-    }
 }
 
 #[test]
@@ -101,7 +81,7 @@ fn a_mapping_is_better_than_loopback_and_hides_no_other_address() {
 }
 
 #[test]
-fn interfaces_that_are_off_those_of_another_overlay_and_our_own_device_are_not_told() {
+fn interfaces_that_are_off_those_of_another_overlay_and_inner_addresses_are_not_told() {
     let interface = |index, name: &str, is_up, address: &str| Interface {
         index,
         name: name.to_owned(),
@@ -112,12 +92,10 @@ fn interfaces_that_are_off_those_of_another_overlay_and_our_own_device_are_not_t
     it.set_interfaces(vec![
         interface(1, "eth0", false, "192.0.2.1"),
         interface(2, "ztabcdef", true, "192.0.2.2"),
-        interface(OWN_DEVICE, "anything", true, "192.0.2.3"),
+        interface(3, "anything", true, "fd60:627a:a42b::7"),
         interface(4, "eth1", true, "192.0.2.4"),
     ]);
     assert_eq!(told(&it, Instant::now()), ["192.0.2.4:4000"]);
-    it.set_own_device(None);
-    assert_eq!(told(&it, Instant::now()), ["192.0.2.3:4000", "192.0.2.4:4000"]);
 }
 
 #[test]
@@ -129,15 +107,13 @@ fn a_mapping_that_is_not_seen_any_more_is_told_for_five_minutes_and_ten_seconds(
     it.handle_mappings(later, &mappings(Some(second), None));
     assert_eq!(told(&it, later), [second, first]);
     let end = start + Duration::from_secs(310);
-    assert_eq!(it.poll_timeout(), Some(end));
     assert_eq!(told(&it, end - Duration::from_millis(1)), [second, first]);
     assert_eq!(told(&it, end), [second]);
     it.handle_timeout(end);
-    assert_eq!(it.poll_timeout(), Some(later + Duration::from_secs(310)));
     it.handle_mappings(end, &Mappings::default());
     assert_eq!(told(&it, end), [second], "nobody answered, but it was so lately");
     it.handle_timeout(later + Duration::from_secs(310));
-    assert_eq!((told(&it, later + Duration::from_secs(310)), it.poll_timeout()), (Vec::new(), None));
+    assert_eq!(told(&it, later + Duration::from_secs(310)), Vec::<String>::new());
 }
 
 #[test]
@@ -159,19 +135,6 @@ fn a_socket_with_another_port_has_no_mapping_yet() {
     assert_eq!(told(&it, now).len(), 2, "the same sockets");
     it.set_ports(Ports { v4: Some(4001), ..PORTS });
     assert_eq!(told(&it, now), ["[2001:db8::99]:2222"]);
-}
-
-/// tailnet-data 7.1: endpoints are fresh for 27 s.
-#[test]
-fn the_list_says_how_old_it_is() {
-    let (mut it, start) = (own(&[]), Instant::now());
-    assert_eq!((it.age(start), it.should_refresh(start)), (None, true));
-    it.handle_mappings(start, &Mappings::default());
-    for (seconds, should_refresh) in [(0, false), (27, false), (28, true)] {
-        let now = start + Duration::from_secs(seconds);
-        assert_eq!(it.age(now), Some(Duration::from_secs(seconds)));
-        assert_eq!(it.should_refresh(now), should_refresh, "{seconds} s");
-    }
 }
 
 #[test]
@@ -238,7 +201,6 @@ fn own(interfaces: &[(&str, &[&str])]) -> Endpoints {
     };
     let mut it = Endpoints::new();
     it.set_ports(PORTS);
-    it.set_own_device(Some(OWN_DEVICE));
     it.set_interfaces((1..).zip(interfaces).map(interface).collect());
     it
 }

@@ -237,7 +237,7 @@ impl Sight {
 
     fn new() -> Self {
         let (mut look, mut list, now) = (Netcheck::new(), Endpoints::new(), Instant::now());
-        list.set_ports(Ports { v4: Some(41641), v6: None, configured: None });
+        list.set_ports(Ports { v4: Some(41641), v6: None });
         let node = RelayNode {
             host_name: Self::SERVER.to_owned(),
             stun_port: Some(3478),

@@ -355,11 +355,13 @@ fn the_region_of_a_report_is_the_pings_or_else_our_home() {
         let (code, name, nodes) = (String::new(), name.to_owned(), vec![Node::default()]);
         (RegionId(id), Region { id: RegionId(id), code, name, embedded: false, avoid: false, nodes })
     };
-    let map = RelayMap { regions: [region(1, "One"), region(2, "Two")].into(), ..RelayMap::default() };
-    let latency = |v4, v6| RegionLatency { v4: Some(MS * v4), v6: Some(MS * v6) };
-    let latencies = Report::from([(RegionId(1), latency(9, 4)), (RegionId(2), latency(5, 6))]);
+    let regions = [region(1, "One"), region(2, "Two"), region(3, "Same"), region(4, "Same")].into();
+    let map = RelayMap { regions, ..RelayMap::default() };
+    let latency = |(id, v4, v6)| (RegionId(id), RegionLatency { v4: Some(MS * v4), v6: Some(MS * v6) });
+    let latencies: Report = [(1, 9, 4), (2, 5, 6), (3, 8, 8), (4, 7, 9)].into_iter().map(latency).collect();
     let rows = [
         (Some(2), Some(1), false, "Two", Some(5)),
+        (Some(3), Some(1), false, "Same", Some(7)),
         (None, Some(1), true, "One", Some(4)),
         (Some(7), Some(1), false, "Unnamed 7", None),
         (None, Some(8), true, "Unnamed 8", None),
@@ -513,7 +515,7 @@ fn peer(node_key: NodePublic) -> Peer {
         addresses: Vec::new(),
         keepalive: true,
         endpoints: Vec::new(),
-        ready: true,
+        announcements: 1,
     }
 }
 
