@@ -268,7 +268,8 @@ mod relayed {
         let silence = scene.host.longest_silence_since(begun);
         assert!(silence < GENEROUS, "{silence:?}");
         assert_eq!(scene.relay_logins(), logins, "the link is the same");
-        // It wants us back in 200 ms, and to be tried for 2 s.
+        // It wants us back in 200 ms, and to be tried for 2 s. Then its greeting is a newer one, too.
+        scene.deployment.lab.relay().greet_at_length(true);
         let at = Instant::now();
         scene.deployment.lab.relay().inject(RESTARTING, &[0, 0, 0, 200, 0, 0, 7, 208]);
         load.until("it is dialled again", || (scene.relay_logins() > logins).then_some(()));
@@ -331,13 +332,18 @@ mod relayed {
 
     /// Conforms: data:20.2.11
     #[test]
-    fn where_the_deployment_blocks_endpoints_no_packet_goes_directly() {
-        let scene = Scene::up(LabOptions { disable_direct: true, ..direct(1) });
-        let load = Load::start(&scene, &scene.agents()[0], 4);
-        load.pass(GENEROUS);
-        let path = load.path().unwrap();
-        assert_eq!((path.sent.udp, path.received.udp, path.best), (0, 0, None));
-        load.finish();
+    fn where_the_deployment_blocks_endpoints_no_packet_goes_directly_though_the_agent_would_have_it() {
+        for agents in [Direct::Blocked, Direct::Allowed] {
+            let scene = Scene::up(LabOptions { disable_direct: true, ..direct(1) });
+            let agent = &scene.agents()[0];
+            scene.deployment.lab.set_direct(agent.id, agents);
+            let load = Load::start(&scene, agent, 4);
+            load.pass(GENEROUS);
+            let path = load.path().unwrap();
+            // An agent that would have it pings where it is told that we are, which is nowhere.
+            assert_eq!((path.sent.udp, path.received.udp, path.best), (0, 0, None), "agents: {agents:?}");
+            load.finish();
+        }
     }
 }
 

@@ -22,6 +22,10 @@ fn agents_are_reached_directly_and_what_a_person_sees_says_so() {
     let look = scene.service.warren(&["netcheck"]);
     assert!(look.status.success(), "{}{}", stdout(&look), stderr(&look));
     assert!(stdout(&look).contains("UDP gets out and back     yes"), "{}", stdout(&look));
+    let look = scene.service.warren(&["netcheck", "--json"]);
+    let look: serde_json::Value = serde_json::from_slice(&look.stdout).unwrap();
+    assert_eq!(look["udp"], true, "{look}");
+    assert!(look["regions"].as_array().is_some_and(|all| all.iter().any(|it| it["home"] == true)), "{look}");
     let agent = scene.deployment.lab.agents()[0].id;
     assert!(scene.deployment.lab.agent_stats(agent).direct_datagrams > 0);
     assert!(!scene.told_endpoints().is_empty());
@@ -78,6 +82,9 @@ fn the_tunnels_sockets_have_the_buffers_that_its_service_may_ask_for() {
     // The service has the privileges of this test; the tunnel has none.
     let allowed = UdpSockets::bind(0).unwrap().receive_buffer().unwrap();
     assert_eq!(buffer.unwrap().parse(), Ok(allowed), "{bound}");
+    if rustix::process::geteuid().is_root() {
+        assert!(allowed >= 1024 * 1024, "who has the privilege raises what the host allows: {allowed}");
+    }
     assert!(!log.contains("makes its UDP sockets itself"), "{log}");
 }
 

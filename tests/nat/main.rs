@@ -25,7 +25,7 @@ use std::{
 use load::Load;
 use scene::{Edge, Family, Met, Scene, Shape, good_line};
 use server::{Front, Nginx, has_nginx};
-use support::{can_isolate, eventually, figure};
+use support::{can_isolate, eventually, figure, sum};
 use table::{CASES, MEASURED};
 use warren_lab::{
     AgentInfo, EMBEDDED_REGION,
@@ -208,6 +208,12 @@ fn networks_change_under_load() {
             },
         );
         measured(&format!("data {data}, control plane {control}, direct {direct} after a change"));
+        let metrics = scene.service.metrics();
+        for plane in ["plane=\"data\"", "plane=\"control\""] {
+            let of = |kind: &str| sum(&metrics, &format!("warren_resume_recovery_seconds_{kind}"), &[plane]);
+            let (count, all) = (of("count"), of("sum"));
+            assert!(count >= f64::from(CHANGES) && all / count < 3.0 * SOON, "{plane}: {count} in {all} s");
+        }
     });
 }
 
@@ -245,6 +251,7 @@ impl Scene {
     #[track_caller]
     fn stays_relayed(&self) {
         let Met { agent, took } = self.hear();
+        assert!(took <= FAR, "took {took:?}\n{}", self.told(&agent));
         let begun = Instant::now();
         while begun.elapsed() < STAYS {
             let ping = self.ping(&agent);

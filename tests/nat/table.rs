@@ -51,19 +51,19 @@ pub(crate) const CASES: &[Case] = &[
     case(
         "symmetric_translators_on_both_sides_keep_everything_on_the_relay",
         "symmetric on both sides",
-        "relayed",
+        "relayed, < 3 s",
     ),
-    case("where_udp_is_blocked_everything_is_relayed", "a firewall that drops UDP", "relayed"),
+    case("where_udp_is_blocked_everything_is_relayed", "a firewall that drops UDP", "relayed, < 3 s"),
     case("hosts_with_ipv6_only_meet_directly", "IPv6 only, the servers too", "direct, < 3 s"),
     case(
         "a_path_too_small_for_us_stays_relayed_if_we_are_told",
         "path MTU 1300, told by ICMP",
-        "relayed, no black hole",
+        "relayed, < 3 s, no black hole",
     ),
     case(
         "a_path_too_small_for_us_stays_relayed_if_nobody_tells",
         "path MTU 1300, larger packets vanish",
-        "relayed, no black hole",
+        "relayed, < 3 s, no black hole",
     ),
     case(
         "a_proxy_that_strips_upgrades_hinders_nobody",

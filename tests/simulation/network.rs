@@ -30,8 +30,8 @@ pub(crate) struct Conditions {
     pub(crate) is_cut_out: bool,
     /// Nothing gets in.
     pub(crate) is_cut_in: bool,
-    /// There is no uplink, which hosts are told when they send.
-    pub(crate) is_unplugged: bool,
+    /// There is no route for UDP, which hosts are told when they send.
+    pub(crate) has_no_route: bool,
     /// Of a thousand datagrams so many are lost, each way.
     pub(crate) loss: u32,
     /// Of a thousand datagrams so many come twice.
@@ -49,7 +49,7 @@ impl Default for Conditions {
         Self {
             is_cut_out: false,
             is_cut_in: false,
-            is_unplugged: false,
+            has_no_route: false,
             loss: 0,
             duplicates: 0,
             delay: Duration::from_millis(5),
@@ -188,7 +188,7 @@ impl<P: Clone> Network<P> {
         let Some(there) = self.site_at(to.ip()) else { return false };
         [here, there].map(|site| &self.sites[site].conditions).into_iter().all(|conditions| {
             let fits = PADDED + HEADERS[usize::from(to.is_ipv6())] <= conditions.mtu;
-            fits && !conditions.is_cut_out && !conditions.is_cut_in && !conditions.is_unplugged
+            fits && !conditions.is_cut_out && !conditions.is_cut_in && !conditions.has_no_route
         })
     }
 
@@ -218,7 +218,7 @@ impl<P: Clone> Network<P> {
         let site = *site;
         let own = addresses.iter().find(|own| own.is_ipv4() == to.is_ipv4()).copied();
         let is_near = self.host_in(Some(site), to.ip()).is_some();
-        let own = own.filter(|_| is_near || !self.sites[site].conditions.is_unplugged);
+        let own = own.filter(|_| is_near || !self.sites[site].conditions.has_no_route);
         let Some(own) = own else {
             self.end(Fate::Unreachable, payload);
             return false;
@@ -294,7 +294,7 @@ impl<P: Clone> Network<P> {
         }
         let site = self.site_at(to.ip()).ok_or(Fate::Unreachable)?;
         let conditions = self.sites[site].conditions;
-        if conditions.is_cut_in || conditions.is_unplugged {
+        if conditions.is_cut_in || conditions.has_no_route {
             return Err(Fate::Cut);
         }
         if self.happens(conditions.loss) {
@@ -410,7 +410,7 @@ mod tests {
         let home = network.add_site(Some(Kind::Symmetric));
         let [one, other] = [(); 2].map(|()| network.add_host(home, Families::V4));
         *network.conditions(home) =
-            Conditions { is_cut_out: true, is_unplugged: true, loss: 1000, ..Conditions::default() };
+            Conditions { is_cut_out: true, has_no_route: true, loss: 1000, ..Conditions::default() };
         let (now, to) = (Instant::now(), SocketAddr::new(network.addresses(other)[0], PORT));
         assert!(network.send(now, one, PORT, to, 100, ()));
         let arrival = network.poll_arrival(now).unwrap();

@@ -1,6 +1,9 @@
 //! What is promised of a path to a reference peer over minutes and hours: how it bears loss, flapping, load and rest.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use warren_lab::nat::Kind;
 
@@ -17,12 +20,13 @@ const MEETING: Duration = Duration::from_secs(20);
 const SPARSE: u64 = 1000;
 const BUSY: u64 = 20;
 const SEEDS: u64 = 4;
+const ALL_MAKES: [[Make; 2]; 3] = [[Make::Ours; 2], WITH_REFERENCE[0], WITH_REFERENCE[1]];
 /// Two alarms within a minute bar the direct way, for so long at most (tailnet-data 7.12).
 const LONGEST_BAR: Duration = Duration::from_secs(60);
 
 /// Ten minutes in which chance takes so many of a thousand datagrams in each direction, again and again.
 fn lossy_worlds(per_thousand: u32, pause: u64) -> impl Iterator<Item = World> {
-    let stories = (0..SEEDS).flat_map(|seed| WITH_REFERENCE.map(|makes| (seed, makes)));
+    let stories = (0..SEEDS).flat_map(|seed| ALL_MAKES.map(|makes| (seed, makes)));
     stories.map(move |(seed, makes)| {
         let talk = [Some(pause); 2];
         let mut world = Story { seed, talk, ..Story::quiet(makes, [None; 2]) }.begin();
@@ -40,9 +44,10 @@ fn meet(world: &mut World) {
     world.seen.changes.clear();
 }
 
-/// When a path was left for the relay, and after how long it was taken again, in order.
-fn alarms(world: &World) -> Vec<(Instant, Option<Duration>)> {
-    let changes = &world.seen.changes;
+/// When a peer left a path for the relay, and after how long it was taken again, in order.
+fn alarms(world: &World, id: PeerId) -> Vec<(Instant, Option<Duration>)> {
+    let changes = world.seen.changes.iter().filter(|(_, peer, _)| *peer == id);
+    let changes: Vec<&(Instant, PeerId, Option<SocketAddr>)> = changes.collect();
     let places = changes.iter().enumerate().filter(|(_, (.., to))| to.is_none());
     let healed_after = |place: usize, at: Instant| {
         let mut later = changes[place..].iter().filter(|(.., to)| to.is_some());
@@ -54,16 +59,17 @@ fn alarms(world: &World) -> Vec<(Instant, Option<Duration>)> {
 #[test]
 fn of_a_busy_path_that_loses_a_twentieth_of_everything_nothing_is_thought_for_ten_minutes() {
     for world in lossy_worlds(50, BUSY) {
-        assert_eq!(alarms(&world), []);
+        world.ids().for_each(|id| assert_eq!(alarms(&world, id), []));
     }
 }
 
 #[test]
 fn of_a_sparse_path_that_loses_a_twentieth_hardly_anything_is_thought_and_that_is_over_in_a_moment() {
     for world in lossy_worlds(50, SPARSE) {
-        let alarms = alarms(&world);
-        assert!(alarms.len() <= 1, "{alarms:?}");
-        assert!(alarms.iter().all(|(_, after)| after.is_some_and(|after| after <= 100 * MS)), "{alarms:?}");
+        for alarms in world.ids().map(|id| alarms(&world, id)) {
+            assert!(alarms.len() <= 1, "{alarms:?}");
+            assert!(alarms.iter().all(|(_, after)| after.is_some_and(|it| it <= 100 * MS)), "{alarms:?}");
+        }
     }
 }
 
@@ -71,15 +77,16 @@ fn of_a_sparse_path_that_loses_a_twentieth_hardly_anything_is_thought_and_that_i
 fn a_path_that_loses_a_third_is_left_a_few_times_a_minute_and_taken_again_in_a_tenth_of_a_second() {
     let mut healed = Vec::new();
     for world in [BUSY, SPARSE].into_iter().flat_map(|pause| lossy_worlds(300, pause)) {
-        let alarms = alarms(&world);
-        let within = |at: Instant| alarms.iter().filter(|(it, _)| *it >= at && *it < at + MINUTE).count();
-        let most = alarms.iter().map(|(at, _)| within(*at)).max().unwrap_or_default();
-        println!("{} alarms in ten minutes, at most {most} in one", alarms.len());
-        assert!(most <= 4, "{most} alarms in a minute: {alarms:?}");
-        let is_over =
-            |(at, after): &(Instant, Option<Duration>)| after.is_some() || *at + 2 * SECOND > world.now;
-        assert!(alarms.iter().all(is_over), "a path did not come back: {alarms:?}");
-        healed.extend(alarms.iter().filter_map(|(_, after)| *after));
+        for alarms in world.ids().map(|id| alarms(&world, id)) {
+            let within = |at: Instant| alarms.iter().filter(|(it, _)| *it >= at && *it < at + MINUTE).count();
+            let most = alarms.iter().map(|(at, _)| within(*at)).max().unwrap_or_default();
+            println!("{} alarms in ten minutes, at most {most} in one", alarms.len());
+            assert!(most <= 4, "{most} alarms in a minute: {alarms:?}");
+            let is_over =
+                |(at, after): &(Instant, Option<Duration>)| after.is_some() || *at + 2 * SECOND > world.now;
+            assert!(alarms.iter().all(is_over), "a path did not come back: {alarms:?}");
+            healed.extend(alarms.iter().filter_map(|(_, after)| *after));
+        }
     }
     println!("{} in all, the longest {:?}", healed.len(), healed.iter().max());
     assert!(healed.len() >= 20 && healed.iter().all(|after| *after <= 100 * MS), "{healed:?}");
@@ -96,7 +103,8 @@ fn a_path_that_dies_and_lives_by_turns_is_let_be_for_longer_each_time_and_taken_
             world.heal();
             everything_comes_after(&mut world, Duration::ZERO, 3 * SECOND);
         }
-        let left: Vec<Instant> = alarms(&world).into_iter().map(|(at, _)| at).collect();
+        let ours = PeerId(usize::from(makes[0] != Make::Ours));
+        let left: Vec<Instant> = alarms(&world, ours).into_iter().map(|(at, _)| at).collect();
         let pauses: Vec<Duration> = left.windows(2).map(|two| two[1] - two[0]).collect();
         for (pause, bar) in pauses[1..].iter().zip([10, 20, 40].into_iter().chain(std::iter::repeat(60))) {
             assert!(*pause >= bar * SECOND, "{makes:?}: {pauses:?}");
@@ -122,7 +130,7 @@ fn direct_paths_are_taken_again_within_a_second_after_udp_is_back_however_long_i
     }
 }
 
-/// The requirement is less than ten seconds; TCP may take four to show that it can be reached again.
+/// The requirement is less than ten seconds. The longest pause before an attempt is five.
 #[test]
 fn a_relay_that_dies_silently_while_it_is_used_is_given_up_in_six_seconds_and_dialled_until_it_answers() {
     for gone in [6, 9, 13, 30, 300] {
@@ -134,14 +142,14 @@ fn a_relay_that_dies_silently_while_it_is_used_is_given_up_in_six_seconds_and_di
         assert!(!world.peers[0].relay.is_up(), "it does not answer");
         world.run((gone - 6) * SECOND);
         world.set_relay(PeerId(0), Relay::Answers);
-        everything_comes_after(&mut world, 5 * SECOND, 10 * SECOND);
+        everything_comes_after(&mut world, 5500 * MS, 10 * SECOND);
     }
 }
 
 /// The path's part of it: that keys are renewed without a stall is a test of the data plane's, in real time.
 #[test]
 fn an_hour_of_load_ten_idle_minutes_and_a_burst_cost_no_packet_and_leave_the_path_alone() {
-    for makes in [[Make::Ours; 2], WITH_REFERENCE[0], WITH_REFERENCE[1]] {
+    for makes in ALL_MAKES {
         let nats = [Some(Kind::PortRestricted), None];
         let mut world = Story { talk: [Some(50); 2], ..Story::quiet(makes, nats) }.begin();
         meet(&mut world);

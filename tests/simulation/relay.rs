@@ -3,14 +3,14 @@
 
 use std::time::{Duration, Instant};
 
-use warren_core::relay_link::{Activity, Ended, Redial, Verdict, WATCH_PERIOD, Watch};
+use warren_core::relay_link::{Activity, Ended, Occasion, Redial, Verdict, WATCH_PERIOD, Watch};
 
 use super::world::RELAY_DELAY;
 
 /// TCP, the upgrade and the login.
 const LOGIN: Duration = RELAY_DELAY.saturating_mul(6);
-/// A dialled relay that says nothing is let be after so long; before that, TCP tries again after 1, 2 and 4 s.
-const DIAL_LIMIT: Duration = Duration::from_secs(10);
+/// A relay that is dialled and says nothing is let be after so long; meanwhile TCP tries again after 1 and 2 s more.
+const DIAL_LIMIT: Duration = Duration::from_secs(4);
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// How often a relay shows of its own accord that it is there.
 const KEEPALIVE: Duration = Duration::from_secs(60);
@@ -34,6 +34,8 @@ pub(crate) struct Link {
     redial: Redial,
     /// Since when it is asked for a sign of life.
     proving: Option<Instant>,
+    /// Somebody wanted to know whether the relay is there while it was dialled.
+    is_doubted: bool,
 }
 
 #[derive(Debug)]
@@ -47,7 +49,8 @@ impl Link {
     /// One that is logged in.
     pub(crate) fn new(now: Instant) -> Self {
         let (relay, redial) = (Relay::Answers, Redial::default());
-        let mut link = Self { made: now, relay, state: State::Pausing { until: now }, redial, proving: None };
+        let state = State::Pausing { until: now };
+        let mut link = Self { made: now, relay, state, redial, proving: None, is_doubted: false };
         link.log_in(now);
         link
     }
@@ -109,9 +112,9 @@ impl Link {
     /// Asks the relay at once, or dials it.
     pub(crate) fn probe(&mut self, now: Instant) {
         match &mut self.state {
-            State::Up { .. } => drop(self.look(now, true)),
+            State::Up { .. } => drop(self.look(now, Occasion::Doubt)),
             State::Pausing { until } => *until = now,
-            State::Dialing { .. } => {}
+            State::Dialing { .. } => self.is_doubted = true,
         }
     }
 
@@ -135,7 +138,7 @@ impl Link {
             }
             State::Up { next_look, .. } => {
                 *next_look = now + WATCH_PERIOD;
-                if self.look(now, false) == Verdict::Silent {
+                if self.look(now, Occasion::Usual) == Verdict::Silent {
                     self.end(now, random);
                 }
             }
@@ -157,10 +160,10 @@ impl Link {
         false
     }
 
-    fn look(&mut self, now: Instant, is_wanted: bool) -> Verdict {
+    fn look(&mut self, now: Instant, occasion: Occasion) -> Verdict {
         let at = now - self.made;
         let State::Up { watch, activity, next_word, .. } = &mut self.state else { return Verdict::Keep };
-        let verdict = watch.look(at, *activity, is_wanted);
+        let verdict = watch.look(at, *activity, occasion);
         if verdict == Verdict::Ask && self.relay == Relay::Answers {
             *next_word = (*next_word).min(now + 2 * RELAY_DELAY);
         }
@@ -179,11 +182,17 @@ impl Link {
         let activity = Activity { heard, used: heard };
         let (watch, next_look, next_word) = (Watch::default(), now + WATCH_PERIOD, now + KEEPALIVE);
         self.state = State::Up { since: now, watch, activity, next_look, next_word };
+        if std::mem::take(&mut self.is_doubted) {
+            self.probe(now);
+        }
     }
 
     fn end(&mut self, now: Instant, random: f64) {
         let lived = if let State::Up { since, .. } = self.state { Some(now - since) } else { None };
-        let pause = self.redial.pause(Ended { lived, wanted: None }, random);
+        let pause = self.redial.handle_ended(Ended { lived, wanted: None }, random);
         self.state = State::Pausing { until: now + pause };
+        if std::mem::take(&mut self.is_doubted) {
+            self.probe(now);
+        }
     }
 }

@@ -3,8 +3,12 @@
 use std::time::Duration;
 
 use super::{
-    Change, PAIRS, SECOND, Story, WITH_REFERENCE, engine::Make, everything_comes_after, happen, peer::PeerId,
-    relay::Relay, world::World,
+    BACK_AFTER, Change, PAIRS, SECOND, Story, WITH_REFERENCE,
+    engine::Make,
+    everything_comes_after, happen,
+    peer::PeerId,
+    relay::Relay,
+    world::{READY_AFTER, RELAY_DELAY, World},
 };
 
 /// A handshake is repeated after 5 s; then it takes a tick, and a round trip or two.
@@ -27,6 +31,20 @@ fn sessions(world: &World) -> usize {
     PAIRS.into_iter().filter(|(from, to)| world.peers[from.0].others[to].tunnel.has_session()).count()
 }
 
+/// Conforms: data:20.2.1
+#[test]
+fn by_the_relay_a_handshake_is_sent_at_ready_and_done_a_round_trip_later() {
+    for makes in [[Make::Ours; 2], WITH_REFERENCE[0], WITH_REFERENCE[1]] {
+        let mut world = Story { talk: [None; 2], ..Story::quiet(makes, [None; 2]) }.begin();
+        happen(&mut world, &Change::Cut { site: 0, out: true, r#in: true });
+        world.run(READY_AFTER);
+        assert_eq!(sessions(&world), 0);
+        // There and back, and the keepalive that confirms it.
+        world.run(3 * RELAY_DELAY);
+        assert_eq!(sessions(&world), 2, "{makes:?}");
+    }
+}
+
 /// The second span is one after which a handshake was given up, and begun again for what is sent.
 #[test]
 fn once_the_relay_is_back_there_is_a_session_at_once_if_it_was_our_link_and_else_when_the_handshake_is_repeated()
@@ -35,9 +53,11 @@ fn once_the_relay_is_back_there_is_a_session_at_once_if_it_was_our_link_and_else
         for (down, span) in [0, 1].into_iter().flat_map(|down| [(down, 22 * SECOND), (down, 130 * SECOND)]) {
             let mut world = apart(makes, PeerId(down), span);
             world.set_relay(PeerId(down), Relay::Answers);
-            while !world.peers[down].relay.is_up() {
+            let is_back = (0..BACK_AFTER.as_millis()).any(|_| {
                 world.run(Duration::from_millis(1));
-            }
+                world.peers[down].relay.is_up()
+            });
+            assert!(is_back);
             let bound = if makes[down] == Make::Ours { AT_ONCE } else { REPEATED_AFTER };
             everything_comes_after(&mut world, bound, 20 * SECOND);
             assert_eq!(sessions(&world), 2, "{makes:?}, {down} was apart");

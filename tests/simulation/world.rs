@@ -19,6 +19,7 @@ use super::{
     clock,
     control::{Control, Outcome},
     engine::Make,
+    errors,
     loss::Loss,
     network::{Arrival, Conditions, Families, HostId, Network},
     peer::{Peer, PeerId, REGION, Said},
@@ -98,6 +99,10 @@ pub(crate) struct World {
     pub(crate) seen: Seen,
     /// When the conditions changed last.
     pub(crate) changed_at: Instant,
+    /// When a peer logged in to the relay last.
+    pub(crate) logged_in_at: Instant,
+    /// Whether hosts say that nobody listens at a port.
+    pub(crate) complains: bool,
     stun: HostId,
     control: Control,
     chance: SmallRng,
@@ -126,6 +131,7 @@ impl World {
         let stun = network.add_host(place_of_stun, Families::Both);
         let now = Instant::now();
         clock::set(Duration::ZERO);
+        errors::begin(now);
         let mut chance = SmallRng::seed_from_u64(!seed);
         let makes: Vec<Make> = places.iter().map(|(make, ..)| *make).collect();
         let keys: Vec<NodePrivate> =
@@ -141,6 +147,8 @@ impl World {
             network,
             seen: Seen { busiest_second: vec![0; peers.len()], ..Seen::default() },
             changed_at: now,
+            logged_in_at: now,
+            complains: false,
             stun,
             control: Control::default(),
             chance,
@@ -180,6 +188,7 @@ impl World {
     fn pass_to(&mut self, now: Instant) {
         self.now = now;
         clock::set(now - self.began);
+        errors::pass_to(now);
     }
 
     /// A peer sends a packet to each other one every `pause` from now on; `None`: not any more.
@@ -312,11 +321,16 @@ impl World {
             }
             Packet::Said { from: sender, to: meant, said } => {
                 self.lose(sender, meant, &said, Loss::Closed);
-                self.network.send(self.now, at, to.port(), from, COMPLAINT_LENGTH, Packet::Complaint(meant));
+                if self.complains {
+                    let complaint = Packet::Complaint(meant);
+                    self.network.send(self.now, at, to.port(), from, COMPLAINT_LENGTH, complaint);
+                }
             }
-            Packet::Complaint(of) => self.peers[id.0].other(of).path.handle_unreachable(self.now, from),
+            Packet::Complaint(of) if is_open => {
+                self.peers[id.0].other(of).path.handle_unreachable(self.now, from);
+            }
             Packet::StunAnswer(mapped) if is_open => self.note_mapping(id, mapped),
-            Packet::StunAnswer(_) | Packet::StunQuestion => {}
+            Packet::StunAnswer(_) | Packet::StunQuestion | Packet::Complaint(_) => {}
         }
     }
 
@@ -398,7 +412,7 @@ impl World {
     fn serve_relay(&mut self, id: PeerId) {
         let random = self.chance.random();
         if self.peers[id.0].relay.handle_timeout(self.now, random) {
-            self.changed_at = self.now;
+            self.logged_in_at = self.now;
             let cold = self.peers[id.0].cold();
             self.warm_up(id, cold);
         }

@@ -295,9 +295,11 @@ impl Path {
     /// Our link changed, or we woke from sleep: what worked may not any more, and what did not may.
     pub fn handle_link_change(&mut self, now: Instant) {
         self.alarms = Alarms::default();
-        // A peer that is being told to leave a dead path has to leave it all the same.
+        // A path that was about to be left may work now; a peer that is told to leave one has to leave it all the same.
         if self.standing.is_condemned() {
             self.withdrawal = Withdrawal::Idle;
+        } else {
+            self.withdrawal.handle_link_change(now);
         }
         self.outstanding.forget_direct();
         self.candidates.forget_pings();

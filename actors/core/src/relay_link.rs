@@ -10,7 +10,7 @@ pub const SILENCE_LIMIT: Duration = Duration::from_secs(120);
 /// A link that is written to and silent for this long is asked whether it lives.
 const SILENCE: Duration = Duration::from_secs(2);
 /// For the answer.
-const ANSWER_LIMIT: Duration = Duration::from_secs(3);
+pub const ANSWER_LIMIT: Duration = Duration::from_secs(3);
 /// A session that lived so long was a good one: the next back-off begins anew.
 const GOOD_SESSION: Duration = Duration::from_secs(5);
 /// The longest pause between two attempts.
@@ -25,6 +25,15 @@ pub struct Activity {
     pub heard: Duration,
     /// When something of ours was sent through it last; what asks whether it lives does not count.
     pub used: Duration,
+}
+
+/// Why a session is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Occasion {
+    /// [`WATCH_PERIOD`] has passed.
+    Usual,
+    /// Somebody wants to know whether the relay is there.
+    Doubt,
 }
 
 /// What is to be done about a session.
@@ -46,8 +55,8 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Looks at the session; somebody may want the relay to be asked, whatever it looks like.
-    pub fn look(&mut self, now: Duration, activity: Activity, is_wanted: bool) -> Verdict {
+    /// Looks at the session.
+    pub fn look(&mut self, now: Duration, activity: Activity, occasion: Occasion) -> Verdict {
         let Activity { heard, used } = activity;
         let silence = now.saturating_sub(heard);
         self.asked = self.asked.filter(|asked| heard < *asked);
@@ -56,7 +65,7 @@ impl Watch {
             return Verdict::Silent;
         }
         let is_odd = used > heard && silence >= SILENCE;
-        if self.asked.is_some() || !(is_wanted || is_odd) {
+        if self.asked.is_some() || !(is_odd || occasion == Occasion::Doubt) {
             return Verdict::Keep;
         }
         self.asked = Some(now);
@@ -80,8 +89,8 @@ pub struct Redial {
 }
 
 impl Redial {
-    /// The pause before the next attempt; `random` is 0 to 1.
-    pub fn pause(&mut self, ended: Ended, random: f64) -> Duration {
+    /// An attempt or a session ended. Returns the pause before the next attempt; `random` is 0 to 1.
+    pub fn handle_ended(&mut self, ended: Ended, random: f64) -> Duration {
         let was_good = ended.lived.is_some_and(|lived| lived >= GOOD_SESSION);
         self.failures = if was_good { 1 } else { self.failures.saturating_add(1) };
         let base = Duration::from_millis(10).saturating_mul(self.failures.saturating_mul(self.failures));
@@ -101,7 +110,7 @@ mod tests {
     fn looks(activity: impl Fn(Duration) -> Activity, end: Duration) -> Vec<(Duration, Verdict)> {
         let mut watch = Watch::default();
         let moments = (0..).map(|n| WATCH_PERIOD * n).take_while(|now| *now <= end);
-        let looks = moments.map(|now| (now, watch.look(now, activity(now), false)));
+        let looks = moments.map(|now| (now, watch.look(now, activity(now), Occasion::Usual)));
         looks.filter(|(_, verdict)| *verdict != Verdict::Keep).collect()
     }
 
@@ -132,20 +141,20 @@ mod tests {
     #[test]
     fn a_link_is_asked_at_once_if_somebody_wants_it_and_not_twice_before_the_answer() {
         let (mut watch, seen) = (Watch::default(), Activity::default());
-        assert_eq!(watch.look(S, seen, true), Verdict::Ask);
-        assert_eq!(watch.look(2 * S, seen, true), Verdict::Keep);
+        assert_eq!(watch.look(S, seen, Occasion::Doubt), Verdict::Ask);
+        assert_eq!(watch.look(2 * S, seen, Occasion::Doubt), Verdict::Keep);
         let heard = Activity { heard: 2 * S, ..seen };
-        assert_eq!(watch.look(3 * S, heard, true), Verdict::Ask);
-        assert_eq!(watch.look(6 * S, heard, false), Verdict::Silent, "since the second question");
+        assert_eq!(watch.look(3 * S, heard, Occasion::Doubt), Verdict::Ask);
+        assert_eq!(watch.look(6 * S, heard, Occasion::Usual), Verdict::Silent, "since the second question");
     }
 
     #[test]
     fn the_pause_grows_with_the_square_of_the_failures_up_to_five_seconds() {
         let mut redial = Redial::default();
-        let pauses: Vec<u128> = (0..1000).map(|_| redial.pause(NEVER, 0.5).as_millis()).collect();
+        let pauses: Vec<u128> = (0..1000).map(|_| redial.handle_ended(NEVER, 0.5).as_millis()).collect();
         assert_eq!([pauses[0], pauses[1], pauses[9], pauses[21], pauses[999]], [10, 40, 1000, 4840, 5000]);
-        assert_eq!(redial.pause(NEVER, 1.0), MAX_PAUSE);
-        assert_eq!(redial.pause(NEVER, 0.0), MAX_PAUSE / 2);
+        assert_eq!(redial.handle_ended(NEVER, 1.0), MAX_PAUSE);
+        assert_eq!(redial.handle_ended(NEVER, 0.0), MAX_PAUSE / 2);
     }
 
     #[test]
@@ -153,9 +162,9 @@ mod tests {
         for (lived, expected) in [(S, 1210), (GOOD_SESSION, 10)] {
             let mut redial = Redial::default();
             for _ in 0..10 {
-                redial.pause(NEVER, 0.5);
+                redial.handle_ended(NEVER, 0.5);
             }
-            let pause = redial.pause(Ended { lived: Some(lived), wanted: None }, 0.5);
+            let pause = redial.handle_ended(Ended { lived: Some(lived), wanted: None }, 0.5);
             assert_eq!(pause.as_millis(), expected);
         }
     }
@@ -163,7 +172,7 @@ mod tests {
     #[test]
     fn a_relay_that_restarts_may_ask_for_a_longer_pause_within_reason() {
         let wanting = |wanted| Ended { lived: Some(60 * S), wanted: Some(wanted) };
-        let pause = |wanted| Redial::default().pause(wanting(wanted), 0.5);
+        let pause = |wanted| Redial::default().handle_ended(wanting(wanted), 0.5);
         assert_eq!(
             [pause(Duration::ZERO), pause(7 * S), pause(7000 * S)],
             [S / 100, 7 * S, MAX_RESTART_PAUSE]

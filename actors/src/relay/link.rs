@@ -20,7 +20,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use warren_core::{
-    relay_link::{Activity, Ended, Redial, Verdict, WATCH_PERIOD, Watch},
+    relay_link::{Activity, Ended, Occasion, Redial, Verdict, WATCH_PERIOD, Watch},
     relay_map::{Node, RegionId},
 };
 use warren_proto::{
@@ -325,7 +325,7 @@ pub(crate) async fn serve(plane: Arc<Plane>, link: Arc<Link>) {
         plane.forget_routes(link.region());
         let lived = up_since.map(|since| since.elapsed());
         let wanted = if let LinkError::Restarting(wanted) = error { Some(wanted) } else { None };
-        let pause = redial.pause(Ended { lived, wanted }, rand::random());
+        let pause = redial.handle_ended(Ended { lived, wanted }, rand::random());
         tracing::info!(region = %link.region(), %error, ?pause, "a relay link is down");
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
@@ -533,11 +533,11 @@ async fn while_moving(
 async fn watch(link: &Link) -> Result<std::convert::Infallible, LinkError> {
     let mut watch = Watch::default();
     loop {
-        let is_wanted = tokio::select! {
-            () = tokio::time::sleep(WATCH_PERIOD) => false,
-            () = link.probe.notified() => true,
+        let occasion = tokio::select! {
+            () = tokio::time::sleep(WATCH_PERIOD) => Occasion::Usual,
+            () = link.probe.notified() => Occasion::Doubt,
         };
-        match watch.look(link.now(), link.activity(), is_wanted) {
+        match watch.look(link.now(), link.activity(), occasion) {
             Verdict::Keep => {}
             Verdict::Ask => drop(link.outgoing.control(&Frame::Ping(rand::random()).encode())),
             Verdict::Silent => return Err(LinkError::Silent),
@@ -551,6 +551,8 @@ fn micros(duration: Duration) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use warren_core::relay_link::ANSWER_LIMIT;
+
     use super::*;
     use crate::dial::Counted;
 
@@ -574,7 +576,7 @@ mod tests {
         link.probe();
         let begun = tokio::time::Instant::now();
         assert!(matches!(watch(&link).await, Err(LinkError::Silent)));
-        assert!(begun.elapsed() <= Duration::from_secs(3) + WATCH_PERIOD);
+        assert!(begun.elapsed() <= ANSWER_LIMIT + WATCH_PERIOD);
         assert_eq!(asked(&link), 1);
     }
 

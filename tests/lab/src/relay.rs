@@ -74,6 +74,8 @@ pub(crate) struct Manners {
     pub(crate) websocket_refusal: Option<StatusCode>,
     /// WebSockets are granted without the subprotocol.
     pub(crate) omits_subprotocol: bool,
+    /// The greeting has more in it than there is today.
+    pub(crate) greets_at_length: bool,
     /// Before the answer to a latency check.
     pub(crate) latency: Duration,
 }
@@ -171,6 +173,11 @@ impl Relay {
         self.change(|manners| manners.websocket_refusal = status);
     }
 
+    /// Greets whoever logs in from now on as a newer relay might: with more bytes behind its key.
+    pub fn greet_at_length(&self, is_long: bool) {
+        self.change(|manners| manners.greets_at_length = is_long);
+    }
+
     /// Grants WebSockets without naming the subprotocol, as a proxy might that knows none; `false` ends it.
     pub fn omit_subprotocol(&self, is_omitted: bool) {
         self.change(|manners| manners.omits_subprotocol = is_omitted);
@@ -257,7 +264,8 @@ impl Relay {
         write: &mut (impl AsyncWrite + Unpin),
     ) -> Option<(NodePublic, BytesMut)> {
         self.unstalled().await;
-        write.write_all(&wire::server_key(&self.0.public)).await.ok()?;
+        let more: &[u8] = if self.manners().greets_at_length { b"what newer relays say" } else { &[] };
+        write.write_all(&wire::server_key(&self.0.public, more)).await.ok()?;
         write.flush().await.ok()?;
         let mut buffer = BytesMut::new();
         loop {

@@ -7,8 +7,8 @@ use std::{
 
 use super::choice::Taken;
 
-/// A path that was lost is pinged so often at once: where chance takes a third of everything, one in two is answered,
-/// and of a thousand such salvos all are.
+/// A path that was lost is pinged so often at once: where chance takes three of ten both ways, one ping in two is
+/// answered, and of a thousand salvos hardly one is not.
 const SALVO: u8 = 12;
 const SALVO_PAUSE: Duration = Duration::from_millis(6);
 /// Between two pings later: the path is taken again within a second of its being back.

@@ -93,6 +93,15 @@ impl Withdrawal {
         }
     }
 
+    /// Our link changed: the relay may be alive by the new one, and where we are now is worth telling.
+    pub(super) fn handle_link_change(&mut self, now: Instant) {
+        match self {
+            Self::Idle => {}
+            Self::Proving { asked, next } => (*asked, *next) = (0, now),
+            Self::Calling(call) | Self::Listening { call, .. } => call.ending = Ending::Return,
+        }
+    }
+
     pub(super) fn is_proving(&self) -> bool {
         matches!(self, Self::Proving { .. })
     }

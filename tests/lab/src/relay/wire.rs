@@ -65,9 +65,9 @@ pub(crate) fn frame(kind: u8, parts: &[&[u8]]) -> Bytes {
     buffer.freeze()
 }
 
-/// The first frame of a server.
-pub(crate) fn server_key(key: &NodePublic) -> Bytes {
-    frame(SERVER_KEY, &[MAGIC, &key.0])
+/// The first frame of a server; a newer one may say more in it.
+pub(crate) fn server_key(key: &NodePublic, more: &[u8]) -> Bytes {
+    frame(SERVER_KEY, &[MAGIC, &key.0, more])
 }
 
 /// The key in a server's first frame.
@@ -139,7 +139,7 @@ mod tests {
         let key = unhex(
             "010000002844455250f09f9491ce8d3ad1ccb633ec7b70c17814a5c76ecd029685050d344745ba05870e587d59",
         );
-        assert_eq!(server_key(&server.public()), key);
+        assert_eq!(server_key(&server.public(), &[]), key);
     }
 
     #[test]
