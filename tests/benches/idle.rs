@@ -27,6 +27,12 @@ const SETTLED: Duration = Duration::from_secs(20);
 /// For so many agents to have their sessions.
 const UP: Duration = Duration::from_secs(60);
 
+/// A second: the pings of the pinger, and WireGuard's keepalives.
+const PINGED: f64 = 0.2;
+const KEEPALIVES: f64 = 1.0 / 25.0;
+/// Probes beyond the pinger's that one agent may cost in a second, each way.
+const MOST: f64 = 1.0;
+
 /// How the agents are reached.
 #[derive(Clone, Copy, PartialEq)]
 enum Reached {
@@ -93,14 +99,17 @@ fn idle(agents: usize, reached: Reached, span: Duration) {
     );
     for (way, before, after) in [("to", before.0, after.0), ("from", before.1, after.1)] {
         let each = |count: fn(&Probes) -> u64| (count(&after) - count(&before)) as f64 / agents as f64 / took;
+        let all = each(|it| it.pings + it.relayed_pings + it.pongs + it.calls);
         println!(
-            "  {way:<4} an agent: {:.2} probes a second: pings {:.2}, pings by relay {:.2}, pongs {:.2}, calls {:.2}",
-            each(|it| it.pings + it.relayed_pings + it.pongs + it.calls),
+            "  {way:<4} an agent: {all:.2} probes a second: pings {:.2}, pings by relay {:.2}, pongs {:.2}, calls {:.2}; {:.0} \
+             packets a second {way} all of them",
             each(|it| it.pings),
             each(|it| it.relayed_pings),
             each(|it| it.pongs),
-            each(|it| it.calls)
+            each(|it| it.calls),
+            (all + KEEPALIVES) * agents as f64
         );
+        assert!(all - PINGED <= MOST, "more than one a second beyond the ping every 5 s");
     }
     println!(
         "  tunnel: {:.2} % of a core, {}; {until_then:.2} CPU s until all were reached",
