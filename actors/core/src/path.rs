@@ -460,6 +460,9 @@ impl Path {
     /// earlier afterwards.
     pub fn route(&mut self, now: Instant) -> Route {
         Session::note_sent(&mut self.session, now);
+        if let Standing::Lost(lost) = &mut self.standing {
+            lost.handle_sent(now);
+        }
         let patience = self.patience(now);
         let Some(taken) = self.standing.taken_mut() else { return Route { direct: None, relay: true } };
         taken.suspicion.handle_sent(now, patience);

@@ -95,6 +95,11 @@ impl Lost {
         self.next
     }
 
+    /// Something is sent to the peer: it is worth looking soon, however long ago the path was lost.
+    pub(super) fn handle_sent(&mut self, now: Instant) {
+        self.next = self.next.min(now + PAUSE);
+    }
+
     /// It is pinged; the last packet was sent so long ago.
     pub(super) fn handle_ping(&mut self, now: Instant, quiet: Duration) {
         let is_soon = quiet < QUIET || now.saturating_duration_since(self.since) < LONG_AGO;

@@ -350,6 +350,22 @@ fn a_lost_path_is_pinged_once_a_second_and_after_half_a_minute_once_in_five_unle
 }
 
 #[test]
+fn a_path_that_was_lost_long_ago_is_pinged_within_a_second_once_something_is_sent_again() {
+    for rest in [3500, 4000, 4500] {
+        let mut bench = Bench::direct();
+        cut(&mut bench, S);
+        bench.path.handle_received(bench.now, RELAY);
+        bench.pass(40 * S);
+        bench.path.route(bench.now);
+        bench.pass(rest * MS);
+        bench.take();
+        bench.path.route(bench.now);
+        bench.pass(S);
+        assert!(!pings_at(&bench.take()).is_empty(), "{rest} ms later");
+    }
+}
+
+#[test]
 fn a_lost_path_is_taken_at_its_first_answer_and_the_peer_is_told_all() {
     let mut bench = Bench::direct();
     cut(&mut bench, S);
