@@ -38,6 +38,9 @@ use world::{READY_AFTER, World};
 
 /// How long everything works at the end: longer than any back-off.
 const PEACE: Duration = Duration::from_secs(100);
+/// Of that, how long paths may take that were let be because they flapped, for a minute at most. All others take less,
+/// nearly all of them no second.
+const FOUND_AFTER: Duration = Duration::from_secs(75);
 /// Of that, how long packets are looked at.
 const LOOKED_AT: Duration = Duration::from_secs(5);
 /// When a change is noticed at the latest, where packets come as rarely as here.
@@ -269,7 +272,11 @@ fn ends_well(world: &mut World, story: &Story) {
     let begin = world.now;
     world.ids().for_each(|id| world.set_traffic(id, Some(PACE)));
     world.changed_at = begin;
-    world.run(PEACE);
+    world.run(FOUND_AFTER);
+    for (from, to) in PAIRS {
+        assert_eq!(is_direct(world, from, to), story.can_be_direct(), "from {from:?}");
+    }
+    world.run(PEACE - FOUND_AFTER);
     let expected = pass(world, NOTICED_AFTER + LOOKED_AT + UNDER_WAY);
     assert!(world.logged_in_at <= begin + BACK_AFTER, "a link to the relay was down in peace");
     assert_eq!(expected.len(), PAIRS.len());
