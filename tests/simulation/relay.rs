@@ -58,8 +58,13 @@ impl Link {
     /// From now on this becomes of its connections.
     pub(crate) fn set_relay(&mut self, now: Instant, relay: Relay, random: f64) {
         self.relay = relay;
-        if relay == Relay::Refuses && !matches!(self.state, State::Pausing { .. }) {
-            self.end(now, random);
+        match (&mut self.state, relay) {
+            (State::Up { .. } | State::Dialing { .. }, Relay::Refuses) => self.end(now, random),
+            // What the relay has said in vain TCP says again.
+            (State::Up { next_word, .. }, Relay::Answers) => {
+                *next_word = (*next_word).min(now + RELAY_DELAY);
+            }
+            _ => {}
         }
     }
 
