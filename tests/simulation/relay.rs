@@ -64,7 +64,7 @@ impl Link {
             (State::Up { next_word, .. }, Relay::Answers) => {
                 *next_word = (*next_word).min(now + RELAY_DELAY);
             }
-            _ => {}
+            (State::Dialing { .. }, Relay::Answers) | (State::Pausing { .. }, _) | (_, Relay::Swallows) => {}
         }
     }
 
