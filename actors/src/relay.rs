@@ -88,7 +88,8 @@ pub enum Message {
         /// Why.
         why: Unsent,
     },
-    /// A peer is to be told where we are, and what we know of that is old.
+    /// What is known of where we are is too old: a peer is to be told it, or this machine has other addresses besides
+    /// those that matter.
     EndpointsWanted,
     /// It is time for whatever netcheck has due.
     SurveyDue,
