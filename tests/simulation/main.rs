@@ -479,6 +479,19 @@ fn with_a_reference_peer_either_side_that_blocks_direct_connections_keeps_both_o
     }
 }
 
+/// Whatever the reference has found by then.
+#[test]
+fn a_reference_peer_leaves_us_wherever_in_its_search_we_block_direct_connections() {
+    let nats = [None, Some(Kind::Restricted)];
+    for (nat, after) in nats.into_iter().flat_map(|nat| (0..100).map(move |after| (nat, after))) {
+        let story = Story { talk: [Some(5); 2], ..Story::quiet(WITH_REFERENCE[0], [None, nat]) };
+        let mut world = story.begin();
+        world.run(READY_AFTER + Duration::from_millis(after));
+        world.set_policy(PeerId(0), Direct::Blocked);
+        everything_comes_after(&mut world, Duration::from_millis(200), Duration::from_secs(8));
+    }
+}
+
 #[test]
 fn with_a_reference_peer_a_way_for_small_packets_alone_is_never_taken_and_swallows_nothing() {
     for (makes, site) in WITH_REFERENCE.into_iter().flat_map(|makes| [(makes, 0), (makes, 1)]) {

@@ -298,7 +298,7 @@ impl Path {
         // A path that was about to be left may work now; a peer that is told to leave one has to leave it all the same.
         if self.standing.is_condemned() {
             self.withdrawal = Withdrawal::Idle;
-        } else {
+        } else if self.policy == Direct::Allowed {
             self.withdrawal.handle_link_change(now);
         }
         self.outstanding.forget_direct();

@@ -21,6 +21,9 @@ use super::{
 /// others are pinged along with it, at least once a second.
 const RECENT: Duration = Duration::from_secs(2);
 
+/// A peer whose ping was answered may take that path for so long.
+const TRUSTED: Duration = Duration::from_secs(7);
+
 impl Path {
     /// A candidate answered.
     pub(super) fn consider(&mut self, now: Instant, measured: Measured) {
@@ -130,13 +133,17 @@ impl Path {
         }
     }
 
-    /// Direct paths are forbidden. The peer is told, so that it does not go on with one.
+    /// Direct paths are forbidden. The peer is told, so that it does not go on with one, which we may not even have.
     pub(super) fn block(&mut self, now: Instant) {
         self.policy = Direct::Blocked;
-        if self.stand(Standing::Seeking, Why::Forbidden).taken().is_some() {
-            self.push(Effect::CallMeMaybe(Vec::new()));
-        }
+        let had_path = self.stand(Standing::Seeking, Why::Forbidden).taken().is_some();
+        let may_leave = had_path || self.candidates.pinged_us_within(now, TRUSTED);
         self.withdrawal = Withdrawal::Idle;
+        if may_leave {
+            // This is enough where all our addresses were told, and comes at once.
+            self.push(Effect::CallMeMaybe(Vec::new()));
+            self.withdrawal = Withdrawal::for_good(now);
+        }
         self.astray = Astray::default();
         self.calling.cancel();
         self.candidates.clear();
@@ -149,6 +156,7 @@ impl Path {
     /// Direct paths are allowed again.
     pub(super) fn unblock(&mut self, now: Instant) {
         self.policy = Direct::Allowed;
+        self.withdrawal = Withdrawal::Idle;
         self.candidates.set_listed(now, &self.listed, None);
         self.rounds.hasten(now);
     }

@@ -93,6 +93,11 @@ impl Withdrawal {
         }
     }
 
+    /// Has the peer leave and stay, by a relay that may be dead: whatever comes of it, there is no other way any more.
+    pub(super) fn for_good(now: Instant) -> Self {
+        Self::Calling(Call::new(now, Ending::Stay))
+    }
+
     /// Our link changed: the relay may be alive by the new one, and where we are now is worth telling.
     pub(super) fn handle_link_change(&mut self, now: Instant) {
         match self {
@@ -109,7 +114,7 @@ impl Withdrawal {
     /// The relay is alive.
     pub(super) fn handle_proof(&mut self, now: Instant, ending: Ending) {
         if self.is_proving() {
-            *self = Self::Calling(Call { ending, repeats: 0, said: Said::Nothing, next: now });
+            *self = Self::Calling(Call::new(now, ending));
         }
     }
 
@@ -172,6 +177,10 @@ impl Withdrawal {
 }
 
 impl Call {
+    fn new(now: Instant, ending: Ending) -> Self {
+        Self { ending, repeats: 0, said: Said::Nothing, next: now }
+    }
+
     /// The next message, and what follows it.
     fn speak(self, now: Instant) -> (Say, Withdrawal) {
         let again = |said| Withdrawal::Calling(Self { said, next: now + PAUSE, ..self });

@@ -112,6 +112,10 @@ fn where_direct_paths_are_blocked_all_is_relayed_and_nothing_is_answered_over_ud
     assert!(effects.contains(&Effect::Changed { from: Some(peer(1)), to: None, why: Why::Forbidden }));
     assert!(effects.contains(&Effect::CallMeMaybe(vec![])), "the peer is told at once");
     assert!(effects.contains(&Effect::Forgotten(peer(1))));
+    assert!(effects.contains(&Effect::CallMeMaybe(vec![own(1)])));
+    bench.pass(100 * MS);
+    let told: Vec<_> = calls(&bench.take()).into_iter().map(|(_, list)| list).collect();
+    assert_eq!(told, [vec![]], "and again, after all addresses: so it forgets also what it was never told");
     bench.path.set_policy(bench.now, Direct::Blocked);
     assert_eq!(bench.taken(), [], "the same again is nothing");
     assert_eq!(bench.route(), (None, true));
@@ -123,6 +127,21 @@ fn where_direct_paths_are_blocked_all_is_relayed_and_nothing_is_answered_over_ud
     bench.path.user_ping(bench.now, number(7));
     bench.shout(100 * S);
     assert_eq!(bench.taken(), [Effect::RelayPing { txid: number(7) }]);
+}
+
+/// It has our answer, and trusts a path that we have not yet.
+#[test]
+fn a_peer_that_was_answered_is_told_that_direct_paths_are_blocked_though_we_had_none() {
+    for (is_answered, told) in [(true, 3), (false, 0)] {
+        let mut bench = Bench::ready(&[peer(1)]);
+        bench.path.route(bench.now);
+        assert!(!is_answered || bench.hear(peer(1)));
+        bench.pass(20 * MS);
+        bench.take();
+        bench.path.set_policy(bench.now, Direct::Blocked);
+        bench.pass(100 * MS);
+        assert_eq!(calls(&bench.take()).len(), told, "answered: {is_answered}");
+    }
 }
 
 #[test]
