@@ -6,7 +6,8 @@
 //!             │  ^ once a second             ^                                  │
 //!             └──┘ five times, then Idle     └─ silence, four times, ever longer ┘
 //! ```
-//! If the path answers before "none" was said, all of it ends.
+//! If the path answers before "none" was said, all of it ends. Where direct paths become blocked nothing is proved
+//! first, and "present" is not said.
 
 use std::time::{Duration, Instant};
 
