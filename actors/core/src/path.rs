@@ -316,7 +316,9 @@ impl Path {
         match relay {
             RelayStands::Alive if self.withdrawal.is_proving() => {
                 let ending = if self.standing.is_condemned() { self.leave_dead(now) } else { Ending::Return };
-                self.withdrawal.handle_proof(now, ending);
+                let settles_at =
+                    if let Standing::Lost(lost) = &self.standing { lost.settles_at() } else { now };
+                self.withdrawal.handle_proof(now, ending, settles_at);
             }
             // It is asked again.
             RelayStands::Alive | RelayStands::Down => {}

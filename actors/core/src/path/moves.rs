@@ -98,9 +98,11 @@ impl Path {
 
     /// The path taken cannot be reached: there is nothing to wait for.
     pub(super) fn leave_unreachable(&mut self, now: Instant, address: SocketAddr) {
-        let other = self.best_other(address, RECENT, now);
-        let standing =
-            other.map_or_else(|| Standing::Lost(Lost::unreachable(now, address)), Standing::Direct);
+        let latency = self.standing.taken().map_or(Duration::ZERO, Taken::latency);
+        let standing = match self.best_other(address, RECENT, now) {
+            Some(other) => Standing::Direct(other),
+            None => Standing::Lost(Lost::unreachable(now, address, latency)),
+        };
         self.stand(standing, Why::Unreachable);
         self.withdrawal.start(now);
         self.rounds.hasten(now);

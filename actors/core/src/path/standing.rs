@@ -42,6 +42,8 @@ pub(super) enum Standing {
 pub(super) struct Lost {
     pub(super) address: SocketAddr,
     since: Instant,
+    /// Until when answers of ours may be under way by it.
+    settles_at: Instant,
     /// Pings of the salvo that are to come.
     salvo: u8,
     next: Instant,
@@ -77,17 +79,22 @@ impl Standing {
 impl Lost {
     /// A path does not answer. If that was chance, it soon does.
     pub(super) fn new(now: Instant, address: SocketAddr) -> Self {
-        Self { address, since: now, salvo: SALVO, next: now }
+        Self { address, since: now, settles_at: now, salvo: SALVO, next: now }
     }
 
-    /// There is no way to it, which a ping at once would not change.
-    pub(super) fn unreachable(now: Instant, address: SocketAddr) -> Self {
-        Self { address, since: now, salvo: 0, next: now + PAUSE }
+    /// There is no way to it any more, which a ping at once would not change.
+    pub(super) fn unreachable(now: Instant, address: SocketAddr, latency: Duration) -> Self {
+        Self { address, since: now, settles_at: now + latency, salvo: 0, next: now + PAUSE }
     }
 
     /// It was given up over another link, or let be because it flapped: it is pinged now.
     pub(super) fn at_once(now: Instant, address: SocketAddr) -> Self {
-        Self { address, since: now, salvo: 0, next: now }
+        Self { address, since: now, settles_at: now, salvo: 0, next: now }
+    }
+
+    /// Until when answers of ours may be under way by it.
+    pub(super) fn settles_at(&self) -> Instant {
+        self.settles_at
     }
 
     /// When it is pinged next.

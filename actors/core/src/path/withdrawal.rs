@@ -61,6 +61,8 @@ pub(super) struct Call {
     repeats: u8,
     said: Said,
     next: Instant,
+    /// Before then "present" is not said: an answer of ours that is still under way would have the peer return.
+    present_from: Instant,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,10 +114,10 @@ impl Withdrawal {
         matches!(self, Self::Proving { .. })
     }
 
-    /// The relay is alive.
-    pub(super) fn handle_proof(&mut self, now: Instant, ending: Ending) {
+    /// The relay is alive. The peer may be told where we are from then on.
+    pub(super) fn handle_proof(&mut self, now: Instant, ending: Ending, present_from: Instant) {
         if self.is_proving() {
-            *self = Self::Calling(Call::new(now, ending));
+            *self = Self::Calling(Call { present_from, ..Call::new(now, ending) });
         }
     }
 
@@ -179,16 +181,19 @@ impl Withdrawal {
 
 impl Call {
     fn new(now: Instant, ending: Ending) -> Self {
-        Self { ending, repeats: 0, said: Said::Nothing, next: now }
+        Self { ending, repeats: 0, said: Said::Nothing, next: now, present_from: now }
     }
 
     /// The next message, and what follows it.
     fn speak(self, now: Instant) -> (Say, Withdrawal) {
         let again = |said| Withdrawal::Calling(Self { said, next: now + PAUSE, ..self });
+        let present = now.max(self.present_from) + PAUSE;
         let listen = Withdrawal::Listening { call: self, until: now + PATIENCE * (1 << self.repeats) };
         match (self.said, self.ending) {
             (Said::Nothing, _) => (Say::All, again(Said::All)),
-            (Said::All, Ending::Return) => (Say::None, again(Said::None)),
+            (Said::All, Ending::Return) => {
+                (Say::None, Withdrawal::Calling(Self { said: Said::None, next: present, ..self }))
+            }
             (Said::All, Ending::Stay) => (Say::None, listen),
             (Said::None, _) => (Say::Present, listen),
         }

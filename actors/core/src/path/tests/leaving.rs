@@ -318,6 +318,23 @@ fn the_messages_are_repeated_four_times_ever_later_while_nothing_comes() {
     }
 }
 
+/// Or that answer would have it return to where we cannot be heard.
+#[test]
+fn where_there_is_no_route_any_more_the_peer_is_told_where_we_are_once_no_answer_of_ours_is_under_way() {
+    let mut bench = Bench::ready(&[peer(1)]);
+    bench.path.route(bench.now);
+    bench.answer_after(peer(1), 300 * MS);
+    bench.take();
+    bench.path.handle_unreachable(bench.now, peer(1));
+    bench.path.handle_relay(bench.now, RelayStands::Alive);
+    bench.pass(200 * MS);
+    let told: Vec<_> = calls(&bench.take()).into_iter().map(|(_, list)| list).collect();
+    assert!(told.ends_with(&[vec![own(1)], vec![]]), "{told:?}");
+    bench.pass(200 * MS);
+    let told: Vec<_> = calls(&bench.take()).into_iter().map(|(_, list)| list).collect();
+    assert_eq!(told, [vec![own(1)]]);
+}
+
 /// Where chance takes a third of everything, an answer comes to one ping in two. The first goes along with the question
 /// to the relay.
 #[test]
