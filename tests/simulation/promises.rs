@@ -57,19 +57,9 @@ fn alarms(world: &World, id: PeerId) -> Vec<(Instant, Option<Duration>)> {
 }
 
 #[test]
-fn of_a_busy_path_that_loses_a_twentieth_of_everything_nothing_is_thought_for_ten_minutes() {
-    for world in lossy_worlds(50, BUSY) {
+fn of_a_path_that_loses_a_twentieth_of_everything_nothing_is_thought_for_ten_minutes() {
+    for world in [BUSY, SPARSE].into_iter().flat_map(|pause| lossy_worlds(50, pause)) {
         world.ids().for_each(|id| assert_eq!(alarms(&world, id), []));
-    }
-}
-
-#[test]
-fn of_a_sparse_path_that_loses_a_twentieth_hardly_anything_is_thought_and_that_is_over_in_a_moment() {
-    for world in lossy_worlds(50, SPARSE) {
-        for alarms in world.ids().map(|id| alarms(&world, id)) {
-            assert!(alarms.len() <= 1, "{alarms:?}");
-            assert!(alarms.iter().all(|(_, after)| after.is_some_and(|it| it <= 100 * MS)), "{alarms:?}");
-        }
     }
 }
 
