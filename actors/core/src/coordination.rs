@@ -130,9 +130,7 @@ struct Entry {
     ready: Ready,
     /// How often READY was heard with the present node key, once at most between two losses.
     announcements: u32,
-    /// READY was heard since the peer was lost last.
-    is_announced: bool,
-    /// When READY was last heard: it may be meant for a node that is yet to come.
+    /// When READY was last heard, if it was since the peer was lost: it may be meant for a node that is yet to come.
     announced_at: Option<Instant>,
     /// When to look whether a lost peer is to be given up; `None` while it is not lost.
     lost_until: Option<Instant>,
@@ -170,7 +168,7 @@ impl Coordination {
     pub fn disconnected(&mut self, now: Instant, last_handshake: impl Fn(&NodePublic) -> Option<Duration>) {
         self.destinations.disconnected();
         for entry in self.peers.values_mut() {
-            entry.forget_ready();
+            entry.announced_at = None;
             if entry.lost_until.is_none() {
                 entry.lose(now, &last_handshake);
             }
@@ -325,7 +323,7 @@ impl Coordination {
         let entry = self.entry(id)?;
         if entry.has_other_key(&peer) && !entry.was_announced(now) {
             entry.ready = Ready::No;
-            (entry.announcements, entry.is_announced) = (0, false);
+            (entry.announcements, entry.announced_at) = (0, None);
         }
         entry.node = Some(peer);
         entry.lost_until = None;
@@ -338,10 +336,9 @@ impl Coordination {
     fn handle_ready(&mut self, now: Instant, id: Uuid) -> Result<(), IgnoredReason> {
         let entry = self.entry(id)?;
         entry.ready = Ready::Yes;
-        if !std::mem::replace(&mut entry.is_announced, true) {
+        if entry.announced_at.replace(now).is_none() {
             entry.announcements = entry.announcements.saturating_add(1);
         }
-        entry.announced_at = Some(now);
         Ok(())
     }
 
@@ -362,7 +359,7 @@ impl Coordination {
         last_handshake: &impl Fn(&NodePublic) -> Option<Duration>,
     ) {
         let Some(entry) = self.peers.get_mut(id) else { return };
-        entry.forget_ready();
+        entry.announced_at = None;
         entry.lose(now, last_handshake);
     }
 }
@@ -373,11 +370,6 @@ impl Entry {
         let since =
             self.node.as_ref().and_then(|peer| last_handshake(&peer.node_key)).unwrap_or(LOST_TIMEOUT);
         self.lost_until = Some(now + LOST_TIMEOUT.saturating_sub(since));
-    }
-
-    /// What it said before it was lost says nothing of whether it knows us now.
-    fn forget_ready(&mut self) {
-        (self.is_announced, self.announced_at) = (false, None);
     }
 
     fn has_other_key(&self, peer: &Peer) -> bool {

@@ -9,7 +9,7 @@ use std::{
 use super::suspicion::{Patience, Suspicion};
 
 /// How long an answer lets an address carry everything alone: two lost heartbeats.
-const TRUST: Duration = Duration::from_millis(6500);
+pub(super) const TRUST: Duration = Duration::from_millis(6500);
 /// An address without trust for this long, a ping's lifetime, is dead: it does not compete any more.
 const DEAD_AFTER: Duration = Duration::from_secs(5);
 

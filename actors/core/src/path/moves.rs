@@ -12,7 +12,7 @@ use super::{
     better,
     calling::Telling,
     candidates::SPACING,
-    choice::Taken,
+    choice::{TRUST, Taken},
     suspicion::Patience,
     withdrawal::{Ending, Withdrawal},
 };
@@ -21,8 +21,8 @@ use super::{
 /// others are pinged along with it, at least once a second.
 const RECENT: Duration = Duration::from_secs(2);
 
-/// A peer whose ping was answered may take that path for so long.
-const TRUSTED: Duration = Duration::from_secs(7);
+/// A peer whose ping was answered may take that path for so long: its trust begins when the answer has come.
+const TRUSTED: Duration = TRUST.saturating_add(Duration::from_millis(500));
 
 impl Path {
     /// A candidate answered.

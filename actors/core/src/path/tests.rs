@@ -192,6 +192,11 @@ fn pings_at(effects: &[(Duration, Effect)]) -> Vec<u128> {
     effects.iter().filter(|(_, it)| matches!(it, Effect::Ping { .. })).map(|(at, _)| at.as_millis()).collect()
 }
 
+/// What the peer was told.
+fn lists(effects: &[(Duration, Effect)]) -> Vec<Vec<SocketAddr>> {
+    calls(effects).into_iter().map(|(_, list)| list).collect()
+}
+
 /// What the peer was told, and when.
 fn calls(effects: &[(Duration, Effect)]) -> Vec<(u128, Vec<SocketAddr>)> {
     let call = |(at, it): &(Duration, Effect)| match it {

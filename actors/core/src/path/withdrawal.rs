@@ -186,14 +186,11 @@ impl Call {
 
     /// The next message, and what follows it.
     fn speak(self, now: Instant) -> (Say, Withdrawal) {
-        let again = |said| Withdrawal::Calling(Self { said, next: now + PAUSE, ..self });
-        let present = now.max(self.present_from) + PAUSE;
+        let calling = |said, from: Instant| Withdrawal::Calling(Self { said, next: from + PAUSE, ..self });
         let listen = Withdrawal::Listening { call: self, until: now + PATIENCE * (1 << self.repeats) };
         match (self.said, self.ending) {
-            (Said::Nothing, _) => (Say::All, again(Said::All)),
-            (Said::All, Ending::Return) => {
-                (Say::None, Withdrawal::Calling(Self { said: Said::None, next: present, ..self }))
-            }
+            (Said::Nothing, _) => (Say::All, calling(Said::All, now)),
+            (Said::All, Ending::Return) => (Say::None, calling(Said::None, now.max(self.present_from))),
             (Said::All, Ending::Stay) => (Say::None, listen),
             (Said::None, _) => (Say::Present, listen),
         }

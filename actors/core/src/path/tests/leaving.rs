@@ -328,10 +328,10 @@ fn where_there_is_no_route_any_more_the_peer_is_told_where_we_are_once_no_answer
     bench.path.handle_unreachable(bench.now, peer(1));
     bench.path.handle_relay(bench.now, RelayStands::Alive);
     bench.pass(200 * MS);
-    let told: Vec<_> = calls(&bench.take()).into_iter().map(|(_, list)| list).collect();
+    let told = lists(&bench.take());
     assert!(told.ends_with(&[vec![own(1)], vec![]]), "{told:?}");
     bench.pass(200 * MS);
-    let told: Vec<_> = calls(&bench.take()).into_iter().map(|(_, list)| list).collect();
+    let told = lists(&bench.take());
     assert_eq!(told, [vec![own(1)]]);
 }
 

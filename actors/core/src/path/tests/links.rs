@@ -29,7 +29,7 @@ fn when_our_address_changed_the_peer_is_made_to_leave_the_old_one() {
             bench.talk(2 * S)
         }
         done.extend(bench.take());
-        let lists: Vec<_> = calls(&done).into_iter().map(|(_, list)| list).collect();
+        let lists = lists(&done);
         if expected {
             assert!(lists.ends_with(&[vec![own(2), own(1)], vec![], vec![own(2), own(1)]]), "{lists:?}");
         } else {
@@ -68,7 +68,7 @@ fn a_peer_that_is_being_told_to_leave_a_dead_path_is_told_so_although_our_link_c
     bench.path.handle_link_change(bench.now);
     bench.path.handle_own_endpoints(bench.now, &[own(2)]);
     bench.pass(100 * MS);
-    let lists: Vec<_> = calls(&bench.take()).into_iter().map(|(_, list)| list).collect();
+    let lists = lists(&bench.take());
     assert!(lists.contains(&Vec::new()), "{lists:?}");
     assert!(lists.last().is_some_and(|list| list.contains(&own(2))), "{lists:?}");
 }
@@ -114,7 +114,7 @@ fn where_direct_paths_are_blocked_all_is_relayed_and_nothing_is_answered_over_ud
     assert!(effects.contains(&Effect::Forgotten(peer(1))));
     assert!(effects.contains(&Effect::CallMeMaybe(vec![own(1)])));
     bench.pass(100 * MS);
-    let told: Vec<_> = calls(&bench.take()).into_iter().map(|(_, list)| list).collect();
+    let told = lists(&bench.take());
     assert_eq!(told, [vec![]], "and again, after all addresses: so it forgets also what it was never told");
     bench.path.set_policy(bench.now, Direct::Blocked);
     assert_eq!(bench.taken(), [], "the same again is nothing");
