@@ -17,6 +17,11 @@ pub(crate) fn set(age: Duration) {
     NOW.set(Some(BEGIN + age));
 }
 
+/// How old the world of this thread is.
+pub(crate) fn age() -> Duration {
+    NOW.get().unwrap_or(BEGIN) - BEGIN
+}
+
 /// Takes the place of the C library's function of that name, for this whole binary.
 ///
 /// # Safety

@@ -1,11 +1,6 @@
 //! What the parts call an error while a world lives on this thread: their events of that level.
 
-use std::{
-    cell::RefCell,
-    fmt,
-    sync::LazyLock,
-    time::{Duration, Instant},
-};
+use std::{cell::RefCell, fmt, sync::LazyLock, time::Duration};
 
 use tracing::{
     Event, Level, Metadata, Subscriber,
@@ -13,36 +8,25 @@ use tracing::{
     span,
 };
 
-thread_local! {
-    static SEEN: RefCell<Option<World>> = const { RefCell::new(None) };
-}
+use super::clock;
 
-struct World {
-    began: Instant,
-    now: Instant,
-    errors: Vec<(Duration, String)>,
+thread_local! {
+    /// Each with the age of the world.
+    static SEEN: RefCell<Vec<(Duration, String)>> = const { RefCell::new(Vec::new()) };
 }
 
 /// A world begins on this thread.
-pub(crate) fn begin(now: Instant) {
+pub(crate) fn begin() {
     static LISTENING: LazyLock<()> = LazyLock::new(|| {
         tracing::subscriber::set_global_default(Listener).unwrap();
     });
     LazyLock::force(&LISTENING);
-    SEEN.set(Some(World { began: now, now, errors: Vec::new() }));
+    SEEN.take();
 }
 
-/// What happens from now on happens then.
-pub(crate) fn pass_to(now: Instant) {
-    SEEN.with_borrow_mut(|seen| seen.as_mut().unwrap().now = now);
-}
-
-/// The errors since then, each with the age of the world.
-pub(crate) fn since(then: Instant) -> Vec<(Duration, String)> {
-    SEEN.with_borrow(|seen| {
-        let World { began, errors, .. } = seen.as_ref().unwrap();
-        errors.iter().filter(|(age, _)| *began + *age >= then).cloned().collect()
-    })
+/// The errors since the world was so old, each with its age then.
+pub(crate) fn since(age: Duration) -> Vec<(Duration, String)> {
+    SEEN.with_borrow(|seen| seen.iter().filter(|(at, _)| *at >= age).cloned().collect())
 }
 
 struct Listener;
@@ -55,11 +39,7 @@ impl Subscriber for Listener {
     fn event(&self, event: &Event<'_>) {
         let mut words = Words(format!("{}:", event.metadata().target()));
         event.record(&mut words);
-        SEEN.with_borrow_mut(|seen| {
-            if let Some(World { began, now, errors }) = seen {
-                errors.push((*now - *began, words.0));
-            }
-        });
+        SEEN.with_borrow_mut(|seen| seen.push((clock::age(), words.0)));
     }
 
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
@@ -89,19 +69,19 @@ mod tests {
 
     #[test]
     fn an_error_is_seen_where_it_happens_and_nothing_else_is() {
-        let now = Instant::now();
-        begin(now);
+        clock::set(Duration::ZERO);
+        begin();
         tracing::error!(code = 7, "early");
-        pass_to(now + Duration::from_secs(1));
+        clock::set(Duration::from_secs(1));
         tracing::warn!("no error");
         tracing::error!("late");
-        let elsewhere = std::thread::spawn(move || {
-            begin(now);
-            since(now)
+        let elsewhere = std::thread::spawn(|| {
+            begin();
+            since(Duration::ZERO)
         });
         assert_eq!(elsewhere.join().unwrap(), []);
         let late = (Duration::from_secs(1), "simulation::errors::tests: message=late".to_owned());
-        assert_eq!(since(now + Duration::from_secs(1)), [late]);
-        assert_eq!(since(now).len(), 2);
+        assert_eq!(since(Duration::from_secs(1)), [late]);
+        assert_eq!(since(Duration::ZERO).len(), 2);
     }
 }

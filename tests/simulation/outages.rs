@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use warren_lab::nat::Kind;
 
 use super::{
-    Change, PAIRS, SECOND, Story, WITH_REFERENCE, engine::Make, happen, is_direct, peer::PeerId, world::World,
+    ALL_MAKES, Change, PAIRS, SECOND, Story, engine::Make, happen, is_direct, peer::PeerId, world::World,
 };
 
 /// Moments of the cut, from one ping that goes along to the next; no two alike to the packets.
@@ -81,7 +81,7 @@ fn outages(makes: [Make; 2], load: Load, out: bool, r#in: bool) -> Vec<Duration>
 
 #[test]
 fn whichever_direction_dies_whoever_sends_traffic_flows_both_ways_again_within_a_second() {
-    for makes in [[Make::Ours; 2], WITH_REFERENCE[0], WITH_REFERENCE[1]] {
+    for makes in ALL_MAKES {
         for ((cut, out, r#in), load) in CUTS.into_iter().flat_map(|cut| LOADS.map(|load| (cut, load))) {
             let outages = outages(makes, load, out, r#in);
             let (median, longest) = (outages[outages.len() / 2], outages[outages.len() - 1]);

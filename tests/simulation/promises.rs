@@ -8,8 +8,8 @@ use std::{
 use warren_lab::nat::Kind;
 
 use super::{
-    Change, PAIRS, SECOND, Story, WITH_REFERENCE, are_direct, engine::Make, everything_comes_after, happen,
-    peer::PeerId, relay::Relay, world::World,
+    ALL_MAKES, Change, PAIRS, SECOND, Story, WITH_REFERENCE, are_direct, engine::Make,
+    everything_comes_after, happen, peer::PeerId, relay::Relay, world::World,
 };
 
 const MS: Duration = Duration::from_millis(1);
@@ -20,7 +20,6 @@ const MEETING: Duration = Duration::from_secs(20);
 const SPARSE: u64 = 1000;
 const BUSY: u64 = 20;
 const SEEDS: u64 = 4;
-const ALL_MAKES: [[Make; 2]; 3] = [[Make::Ours; 2], WITH_REFERENCE[0], WITH_REFERENCE[1]];
 /// Two alarms within a minute bar the direct way, for so long at most (tailnet-data 7.12).
 const LONGEST_BAR: Duration = Duration::from_secs(60);
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{
-    BACK_AFTER, Change, PAIRS, SECOND, Story, WITH_REFERENCE,
+    ALL_MAKES, BACK_AFTER, Change, PAIRS, SECOND, Story,
     engine::Make,
     everything_comes_after, happen,
     peer::PeerId,
@@ -34,7 +34,7 @@ fn sessions(world: &World) -> usize {
 /// Conforms: data:20.2.1
 #[test]
 fn by_the_relay_a_handshake_is_sent_at_ready_and_done_a_round_trip_later() {
-    for makes in [[Make::Ours; 2], WITH_REFERENCE[0], WITH_REFERENCE[1]] {
+    for makes in ALL_MAKES {
         let mut world = Story { talk: [None; 2], ..Story::quiet(makes, [None; 2]) }.begin();
         happen(&mut world, &Change::Cut { site: 0, out: true, r#in: true });
         world.run(READY_AFTER);
@@ -49,7 +49,7 @@ fn by_the_relay_a_handshake_is_sent_at_ready_and_done_a_round_trip_later() {
 #[test]
 fn once_the_relay_is_back_there_is_a_session_at_once_if_it_was_our_link_and_else_when_the_handshake_is_repeated()
  {
-    for makes in [[Make::Ours; 2], WITH_REFERENCE[0], WITH_REFERENCE[1]] {
+    for makes in ALL_MAKES {
         for (down, span) in [0, 1].into_iter().flat_map(|down| [(down, 22 * SECOND), (down, 130 * SECOND)]) {
             let mut world = apart(makes, PeerId(down), span);
             world.set_relay(PeerId(down), Relay::Answers);

@@ -103,11 +103,11 @@ pub(crate) struct World {
     pub(crate) logged_in_at: Instant,
     /// Whether hosts say that nobody listens at a port.
     pub(crate) complains: bool,
+    /// By how much the peers' timers are late.
+    pub(crate) late: Duration,
     stun: HostId,
     control: Control,
     chance: SmallRng,
-    /// By how much the peers' timers are late.
-    late: Duration,
     events: BTreeMap<(Instant, u64), Event>,
     count: u64,
     /// The streams of packets: which one it is, and the pause between two packets.
@@ -116,13 +116,8 @@ pub(crate) struct World {
 }
 
 impl World {
-    /// A world with sites of these kinds, and peers in them, each of which knows all others; their timers are so late.
-    pub(crate) fn new(
-        seed: u64,
-        sites: &[Option<Kind>],
-        places: &[(Make, usize, Families)],
-        late: Duration,
-    ) -> Self {
+    /// A world with sites of these kinds, and peers in them, each of which knows all others.
+    pub(crate) fn new(seed: u64, sites: &[Option<Kind>], places: &[(Make, usize, Families)]) -> Self {
         let mut network = Network::new(seed);
         for nat in sites {
             network.add_site(*nat);
@@ -131,7 +126,7 @@ impl World {
         let stun = network.add_host(place_of_stun, Families::Both);
         let now = Instant::now();
         clock::set(Duration::ZERO);
-        errors::begin(now);
+        errors::begin();
         let mut chance = SmallRng::seed_from_u64(!seed);
         let makes: Vec<Make> = places.iter().map(|(make, ..)| *make).collect();
         let keys: Vec<NodePrivate> =
@@ -149,10 +144,10 @@ impl World {
             changed_at: now,
             logged_in_at: now,
             complains: false,
+            late: Duration::ZERO,
             stun,
             control: Control::default(),
             chance,
-            late,
             events: BTreeMap::new(),
             count: 0,
             streams: vec![(0, None); peers.len()],
@@ -188,7 +183,6 @@ impl World {
     fn pass_to(&mut self, now: Instant) {
         self.now = now;
         clock::set(now - self.began);
-        errors::pass_to(now);
     }
 
     /// A peer sends a packet to each other one every `pause` from now on; `None`: not any more.
