@@ -255,6 +255,7 @@ mod relayed {
         load.finish();
     }
 
+    /// Conforms: data:20.2.3
     #[test]
     fn what_a_newer_relay_may_say_costs_an_agent_no_echo_and_a_restart_no_transfer() {
         let scene = Scene::up(one());
@@ -268,8 +269,10 @@ mod relayed {
         let silence = scene.host.longest_silence_since(begun);
         assert!(silence < GENEROUS, "{silence:?}");
         assert_eq!(scene.relay_logins(), logins, "the link is the same");
-        // It wants us back in 200 ms, and to be tried for 2 s. Then its greeting is a newer one, too.
+        // It wants us back in 200 ms, and to be tried for 2 s. Then its greeting is a newer one, too, and comes in one
+        // segment with the answer to the upgrade.
         scene.deployment.lab.relay().greet_at_length(true);
+        scene.deployment.lab.relay().greet_at_once(true);
         let at = Instant::now();
         scene.deployment.lab.relay().inject(RESTARTING, &[0, 0, 0, 200, 0, 0, 7, 208]);
         load.until("it is dialled again", || (scene.relay_logins() > logins).then_some(()));

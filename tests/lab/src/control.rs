@@ -4,6 +4,7 @@
 mod answer;
 mod clock;
 pub(crate) mod coordinator;
+mod cork;
 pub(crate) mod drpc;
 mod fault;
 pub(crate) mod listener;

@@ -76,6 +76,8 @@ pub(crate) struct Manners {
     pub(crate) omits_subprotocol: bool,
     /// The greeting has more in it than there is today.
     pub(crate) greets_at_length: bool,
+    /// The greeting goes out in one segment with the answer to a plain upgrade.
+    pub(crate) greets_at_once: bool,
     /// Before the answer to a latency check.
     pub(crate) latency: Duration,
 }
@@ -178,6 +180,11 @@ impl Relay {
         self.change(|manners| manners.greets_at_length = is_long);
     }
 
+    /// Greets whoever upgrades plainly from now on in one segment with the answer to that.
+    pub fn greet_at_once(&self, is_at_once: bool) {
+        self.change(|manners| manners.greets_at_once = is_at_once);
+    }
+
     /// Grants WebSockets without naming the subprotocol, as a proxy might that knows none; `false` ends it.
     pub fn omit_subprotocol(&self, is_omitted: bool) {
         self.change(|manners| manners.omits_subprotocol = is_omitted);
@@ -234,11 +241,24 @@ impl Relay {
     where
         S: AsyncRead + AsyncWrite + Send,
     {
+        self.serve_held(work, stream, ()).await;
+    }
+
+    /// The same, and lets go of something once the client is greeted.
+    pub(crate) async fn serve_held<S, H>(&self, work: &Work, stream: S, held: H)
+    where
+        S: AsyncRead + AsyncWrite + Send,
+        H: Send,
+    {
         if self.manners().is_gone {
             return;
         }
         let (mut read, mut write) = tokio::io::split(stream);
-        let login = timeout(LOGIN_LIMIT, self.log_in(&mut read, &mut write));
+        let login = timeout(LOGIN_LIMIT, async {
+            self.greet(&mut write).await?;
+            drop(held);
+            self.log_in(&mut read).await
+        });
         let Ok(Some((key, mut buffer))) = login.await else { return };
         let number = self.0.next.fetch_add(1, Ordering::Relaxed);
         let client = Arc::new(Client { number, queue: Queue::default(), kill: work.child() });
@@ -258,15 +278,14 @@ impl Relay {
         }
     }
 
-    async fn log_in(
-        &self,
-        read: &mut (impl AsyncRead + Unpin),
-        write: &mut (impl AsyncWrite + Unpin),
-    ) -> Option<(NodePublic, BytesMut)> {
+    async fn greet(&self, write: &mut (impl AsyncWrite + Unpin)) -> Option<()> {
         self.unstalled().await;
         let more: &[u8] = if self.manners().greets_at_length { b"what newer relays say" } else { &[] };
         write.write_all(&wire::server_key(&self.0.public, more)).await.ok()?;
-        write.flush().await.ok()?;
+        write.flush().await.ok()
+    }
+
+    async fn log_in(&self, read: &mut (impl AsyncRead + Unpin)) -> Option<(NodePublic, BytesMut)> {
         let mut buffer = BytesMut::new();
         loop {
             if let Some((kind, body)) = wire::take(&mut buffer).ok()? {

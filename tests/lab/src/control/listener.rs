@@ -14,6 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use super::{
     State,
     answer::{self, Answer, SIGNED_OUT},
+    cork::Socket,
     fault::{Check, Endpoint, HttpFault},
     record, relay_map, rpc,
     telemetry::{self, Device},
@@ -72,8 +73,12 @@ pub(crate) async fn listen(listener: TcpListener, site: Site, work: Work) {
 
 async fn serve(stream: TcpStream, site: Site, work: Work) {
     let _ = stream.set_nodelay(true);
-    let service = service_fn(move |request| {
+    let socket = site.relay().manners().greets_at_once.then(|| Socket::of(&stream)).and_then(Result::ok);
+    let service = service_fn(move |mut request: Request<Incoming>| {
         let (site, work) = (site.clone(), work.clone());
+        if let Some(socket) = &socket {
+            request.extensions_mut().insert(socket.clone());
+        }
         async move { respond(site, work, request).await }
     });
     let connection =
@@ -399,10 +404,11 @@ fn relay_upgrade(site: &Site, work: &Work, mut request: Request<Incoming>) -> An
                 header::HeaderName::from_static("derp-public-key"),
                 &relay.public().to_hex(),
             );
+            let cork = request.extensions().get::<Socket>().cloned().map(Socket::cork).and_then(Result::ok);
             let inner = work.clone();
             work.spawn(async move {
                 let Ok(stream) = upgrade.await else { return };
-                relay.serve(&inner, TokioIo::new(stream)).await;
+                relay.serve_held(&inner, TokioIo::new(stream), cork).await;
             });
             answer
         }

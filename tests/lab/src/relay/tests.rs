@@ -1,3 +1,5 @@
+use std::io::{Read, Write};
+
 use tokio::io::DuplexStream;
 
 use super::*;
@@ -112,6 +114,28 @@ async fn either_upgrade_can_be_refused_and_a_websocket_granted_without_its_subpr
     assert!(ask(&lab, "websocket").await.contains("403 Forbidden"));
     relay.go(true);
     assert_eq!(ask(&lab, "websocket").await, "");
+}
+
+/// Who reads in a thread of its own is awake at the first segment, and has seldom more than that in one read.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_greeting_can_come_in_one_segment_with_the_answer_to_the_upgrade() {
+    let lab = Lab::start(LabOptions { agents: 0, ..LabOptions::default() }).await.unwrap();
+    lab.relay().greet_at_once(true);
+    let address = lab.url().trim_start_matches("http://").to_owned();
+    let look = move || {
+        for _ in 0..50 {
+            let mut stream = std::net::TcpStream::connect(&address).unwrap();
+            stream.set_read_timeout(Some(LIMIT)).unwrap();
+            stream
+                .write_all(b"GET /derp HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: DERP\r\n\r\n")
+                .unwrap();
+            let mut answer = vec![0; 4096];
+            let read = stream.read(&mut answer).unwrap();
+            let answer = String::from_utf8_lossy(&answer[..read]);
+            assert!(answer.contains("\r\n\r\n\u{1}\0\0\0(DERP🔑"), "{answer:?}");
+        }
+    };
+    tokio::task::spawn_blocking(look).await.unwrap();
 }
 
 /// The head of the answer to an upgrade request, and a short body.
