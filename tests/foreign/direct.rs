@@ -5,7 +5,8 @@
 //!                          ╚════════ lab's relay ══════╝
 //! ```
 //! Deployed agents have an older `magicsock` with changes of their own (tailnet-data 7, 8): what is asserted here is
-//! what both promise. The valve is in the Go program and loses what a firewall would.
+//! what both promise. The valve is in the Go program and loses what a firewall would. Where translators are named, the
+//! two are on networks of their own, as in the target `nat`.
 
 mod agent;
 mod transfer;
@@ -17,7 +18,11 @@ use std::{
 };
 
 use serde_json::Value;
-use warren_lab::LabOptions;
+use warren_lab::{
+    LabOptions,
+    internet::{Internet, Line, SiteId},
+    nat::Kind,
+};
 
 use self::{
     agent::{ForeignAgent, is_direct, is_relayed},
@@ -42,6 +47,9 @@ const NOTICED: Duration = Duration::from_secs(1);
 /// An address that is ours to take away again: a change of the network.
 const PASSING: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 99, 0, 1));
 
+/// Where the deployment is, when there are networks.
+const WORLD: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 1));
+
 #[test]
 fn their_agent_and_our_tunnel_are_direct_at_once_and_both_say_so() {
     if !has_program("a direct path between our tunnel and their agent") {
@@ -56,6 +64,38 @@ fn their_agent_and_our_tunnel_are_direct_at_once_and_both_say_so() {
     within(LIMIT, "status says so", || scene.service.status()["agents"][0]["p2p"] == true);
     // A keepalive is enough, and comes every 25 s.
     within(LIMIT, "what our tunnel has to say comes by UDP", || scene.agent.wireguard_over_udp() > 0);
+}
+
+#[test]
+fn their_agent_and_our_tunnel_are_direct_on_one_lan() {
+    if has_program("our tunnel and their agent on one network") {
+        isolated(|| meets_on(|internet| [lan(internet, Kind::PortRestricted, 1); 2]));
+    }
+}
+
+#[test]
+fn their_agent_and_our_tunnel_are_direct_through_full_cones() {
+    if has_program("our tunnel and their agent behind full cones") {
+        isolated(|| meets_on(|internet| [1, 2].map(|number| lan(internet, Kind::FullCone, number))));
+    }
+}
+
+#[test]
+fn their_agent_and_our_tunnel_are_direct_through_a_symmetric_translator_of_ours() {
+    if has_program("our tunnel behind a symmetric translator, and their agent") {
+        isolated(|| {
+            meets_on(|internet| [lan(internet, Kind::Symmetric, 1), lan(internet, Kind::Restricted, 2)]);
+        });
+    }
+}
+
+#[test]
+fn their_agent_and_our_tunnel_are_direct_through_a_symmetric_translator_of_theirs() {
+    if has_program("our tunnel, and their agent behind a symmetric translator") {
+        isolated(|| {
+            meets_on(|internet| [lan(internet, Kind::Restricted, 1), lan(internet, Kind::Symmetric, 2)]);
+        });
+    }
 }
 
 #[test]
@@ -166,6 +206,46 @@ fn their_agent_hears_a_probe_first_from_our_next_port_and_follows_us_there() {
     });
 }
 
+/// A network behind a translator.
+fn lan(internet: &Internet, kind: Kind, number: u8) -> SiteId {
+    let site = internet.add_home(kind, [203, 0, 113, number].into());
+    internet.set_line(site, Line { delay: Duration::from_millis(5), ..Line::default() });
+    site
+}
+
+/// Our tunnel is on the first of two networks and their agent on the second, and everybody else in the world
+/// (tailnet-data 20.2, row 5).
+fn meets_on(sites: impl Fn(&Internet) -> [SiteId; 2]) {
+    let mut internet = Internet::start().unwrap();
+    let world = internet.add_site();
+    internet.add_ourselves(world, &[WORLD]).unwrap();
+    let [ours, theirs] = sites(&internet);
+    let number = if ours == theirs { 1 } else { 2 };
+    let own = internet.add_host(ours, &[[192, 168, 1, 10].into()]).unwrap();
+    let agents = internet.add_host(theirs, &[[192, 168, number, 20].into()]).unwrap();
+    let [own, agents] = [own, agents].map(|host| internet.namespace(host));
+
+    let deployment =
+        Deployment::with(LabOptions { agents: 1, direct: true, listen: WORLD, ..LabOptions::default() });
+    let config = format!("allow_http_hosts = [\"{WORLD}\"]\n");
+    let service = own.enter(|| ServiceProcess::start_configured(&config)).unwrap();
+    let agent = agents.enter(|| ForeignAgent::start(&deployment)).unwrap();
+    let mut scene = Scene::of(service, deployment, agent);
+    scene.agent.program.wait(is_direct);
+    let took = scene.agent.between(|event| event["event"] == "knows", is_direct);
+    figure(&format!(
+        "their agent is direct across networks {} ms after it has heard of us",
+        took.as_millis()
+    ));
+    assert!(took < FOUND, "{took:?}");
+    within(TAKEN, "ours is direct", || scene.ping().contains("path=direct"));
+    let echoes = scene.agent.echoes_at();
+    let transfer = own.enter(|| Transfer::start(echoes)).unwrap();
+    let before = scene.agent.wireguard_over_udp();
+    transfer.has_moved_on();
+    assert!(scene.agent.wireguard_over_udp() > before + 10, "data goes straight");
+}
+
 /// Only one such loss a scene: after a second in a minute we stay on the relay for longer, on purpose.
 fn survives_blocked_udp(direction: &str) {
     let mut scene = Scene::isolated();
@@ -217,6 +297,11 @@ impl Scene {
     fn up(service: ServiceProcess) -> Self {
         let deployment = Deployment::with(LabOptions { agents: 1, direct: true, ..LabOptions::default() });
         let agent = ForeignAgent::start(&deployment);
+        Self::of(service, deployment, agent)
+    }
+
+    /// Brings the tunnel up.
+    fn of(service: ServiceProcess, deployment: Deployment, agent: ForeignAgent) -> Self {
         let (url, token) = deployment.access();
         service.pretend_login(&url, &token);
         let up = service.warren(&["up", "--wait"]);

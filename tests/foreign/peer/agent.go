@@ -252,10 +252,10 @@ func relaysOf(url string, header http.Header) (*tailcfg.DERPMap, error) {
 	if err := json.Unmarshal(told, &connection); err != nil {
 		return nil, err
 	}
-	regions, questions := connection.Map.Regions, -1
+	regions, questions := connection.Map.Regions, &tailcfg.DERPNode{STUNPort: -1}
 	for number, region := range regions {
 		if node := region.Nodes[0]; node.STUNOnly {
-			questions = node.STUNPort
+			questions = node
 			delete(regions, number)
 		}
 	}
@@ -265,7 +265,8 @@ func relaysOf(url string, header http.Header) (*tailcfg.DERPMap, error) {
 			if node.DERPPort, err = encrypt(behind); err != nil {
 				return nil, err
 			}
-			node.IPv4, node.STUNPort, node.InsecureForTests = "127.0.0.1", questions, true
+			node.IPv4, node.InsecureForTests = "127.0.0.1", true
+			node.STUNTestIP, node.STUNPort = questions.HostName, questions.STUNPort
 		}
 	}
 	return &connection.Map, nil
