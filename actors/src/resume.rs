@@ -6,8 +6,8 @@
 //! every 2 s, where it does not ─────────────────┴─> how long has it slept? ── more than before ──> whoever waits
 //! ```
 //!
-//! The kernel tells of a resume as of a clock that was set (`TFD_TIMER_CANCEL_ON_SET`), so nothing else is asked: what
-//! logind says over D-Bus (`PrepareForSleep`) would come no earlier, is not there on every system, and would need a bus.
+//! The kernel tells of a resume as of a clock that was set (`TFD_TIMER_CANCEL_ON_SET`). What logind says of it over D-Bus
+//! comes no earlier and is not there on every system; the service hears it as well, and a tunnel needs no bus.
 
 use std::{io, os::fd::OwnedFd, time::Duration};
 

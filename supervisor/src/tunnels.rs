@@ -29,6 +29,7 @@ use warren_actors::{
     resume,
     runtime::{CellWriter, Context, Part, PartError, Reply},
 };
+use warren_core::wakes::{Cause, Wakes};
 use warren_observability::names;
 use warren_proto::vpn::{self, status::Lifecycle};
 
@@ -44,6 +45,7 @@ mod death;
 mod header_command;
 mod launch;
 mod life;
+mod logind;
 mod neighbours;
 mod running;
 mod telemetry;
@@ -98,7 +100,8 @@ enum Report {
     Launched(u64, Result<Arc<Running>, Failure>),
     Died(u64, Death),
     Ended(u64, Ended),
-    Resumed,
+    /// The machine woke up, as somebody noticed.
+    Awake(Cause),
     Timeout,
     #[cfg(test)]
     Fault,
@@ -143,6 +146,7 @@ pub struct State {
     ending: Option<JoinHandle<Option<()>>>,
     watching: Option<AbortOnDropHandle<Option<()>>>,
     timer: Option<(Instant, AbortOnDropHandle<Option<()>>)>,
+    wakes: Wakes,
 }
 
 /// Who waits for an answer.
@@ -174,14 +178,19 @@ impl Part for Tunnels {
             ending: None,
             watching: None,
             timer: None,
+            wakes: Wakes::default(),
         };
         self.reconcile(context, &mut state);
         self.act(context, &mut state);
-        let me = context.me.clone();
-        context.tasks.spawn(resume::watch(move || {
-            let me = me.clone();
-            async move { me.send(Report::Resumed.into()).await.unwrap_or_default() }
-        }));
+        let awake = |cause| {
+            let me = context.me.clone();
+            move || {
+                let me = me.clone();
+                async move { me.send(Report::Awake(cause).into()).await.unwrap_or_default() }
+            }
+        };
+        context.tasks.spawn(resume::watch(awake(Cause::Resumed)));
+        context.tasks.spawn(logind::watch(awake(Cause::Logind)));
         Ok(state)
     }
 
@@ -286,9 +295,12 @@ impl Tunnels {
             }
             // Of a process that nobody waits for any more.
             Report::Launched(..) | Report::Died(..) | Report::Ended(..) => {}
-            Report::Resumed => {
+            Report::Awake(cause) => {
                 let Some(running) = state.running.get().as_ref().clone() else { return };
-                tracing::info!("the machine has slept; the tunnel is told");
+                if !state.wakes.is_news(now(), resume::slept(), cause) {
+                    return;
+                }
+                tracing::info!(?cause, "the machine has slept; the tunnel is told");
                 context.tasks.spawn(async move { running.wake().await });
             }
             Report::Timeout => {

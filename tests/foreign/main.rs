@@ -5,6 +5,7 @@
 //! * [`direct`]: `magicsock`, the path engine that deployed agents have an older one of, in the same program, with
 //!   `wireguard-go` as a library and a TCP stack behind it.
 //! * [`wireguard`]: `wireguard-go` as a distribution packages it.
+//! * [`logind`]: the bus of a distribution, where our service hears of sleeps.
 //! * [`nginx`]: nginx in front of a deployment, and a proxy on the way there.
 //!
 //! What is not installed is skipped, with a line that says so.
@@ -16,6 +17,7 @@ mod direct;
 #[path = "../doubles/mod.rs"]
 mod doubles;
 mod isolated;
+mod logind;
 mod nginx;
 mod probes;
 mod program;

@@ -8,12 +8,16 @@ use std::time::{Duration, Instant};
 pub const LEAST_SLEEP: Duration = Duration::from_secs(1);
 /// Who asks so soon after the last wake, without a sleep in between, tells of what that one was about.
 const DEBOUNCE: Duration = Duration::from_secs(5);
+/// logind says it only once everything that it has others do after a sleep is done.
+const LOGIND_LAG: Duration = Duration::from_secs(60);
 
 /// Why what worked may not work any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cause {
     /// The manager says that the machine woke up, or that the network may be another.
     Manager,
+    /// logind says that the machine has slept, or meant to.
+    Logind,
     /// We see that the machine has slept.
     Resumed,
     /// The network became another one. Whoever tells it knows how it was before.
@@ -39,11 +43,12 @@ impl Wakes {
     pub fn is_news(&mut self, now: Instant, slept: Duration, cause: Cause) -> bool {
         let is_known = self.last.as_ref().is_some_and(|last| {
             let has_slept = slept.saturating_sub(last.slept) >= LEAST_SLEEP;
-            let is_soon = now.saturating_duration_since(last.at) < DEBOUNCE;
+            let since = now.saturating_duration_since(last.at);
             match cause {
                 Cause::Network => false,
                 Cause::Resumed => !has_slept,
-                Cause::Manager => !has_slept && is_soon,
+                Cause::Manager => !has_slept && since < DEBOUNCE,
+                Cause::Logind => !has_slept && since < LOGIND_LAG,
             }
         });
         if !is_known {
@@ -106,6 +111,18 @@ mod tests {
             (200, 0, Cause::Network, true),
             (5100, 0, Cause::Manager, false),
             (5200, 0, Cause::Manager, true),
+        ]);
+    }
+
+    #[test]
+    fn logind_is_late_with_a_sleep_and_knows_of_some_that_no_clock_shows() {
+        check(&[
+            (0, 60_000, Cause::Resumed, true),
+            (30_000, 60_000, Cause::Logind, false),
+            (60_000, 60_000, Cause::Logind, true),
+            (61_000, 60_000, Cause::Logind, false),
+            (62_000, 120_000, Cause::Logind, true),
+            (62_100, 120_000, Cause::Resumed, false),
         ]);
     }
 

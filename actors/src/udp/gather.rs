@@ -1,7 +1,5 @@
 //! Waiting a moment for more while single datagrams come fast: agents send them one by one, and each wake-up would
 //! find two or three.
-//!
-//! This is one of the files that may hold unsafe code: a timer's descriptor is registered with the runtime.
 
 use std::{
     io,

