@@ -379,14 +379,13 @@ mod straight {
     /// Conforms: data:20.2.6
     #[test]
     fn udp_that_is_cut_under_load_costs_a_moment_and_no_transfer_and_is_used_again_when_it_is_back() {
-        const BOTH: Cut = Cut { sent: true, received: true };
         const THEIRS: Cut = Cut { sent: true, received: false };
         const OURS: Cut = Cut { sent: false, received: true };
         const TIMES: usize = 3;
         // An agent for each: a path that is cut again and again is let be for a while.
         let scene = Scene::up(direct(3 * TIMES));
         let (agents, mut all) = (scene.agents(), Vec::new());
-        let rows = [("both directions", BOTH), ("theirs", THEIRS), ("ours", OURS)];
+        let rows = [("both directions", Cut::BOTH), ("theirs", THEIRS), ("ours", OURS)];
         for ((what, cut), agents) in rows.into_iter().zip(agents.chunks(TIMES)) {
             let (mut gone, mut back, mut stalls) = (Vec::new(), Vec::new(), Vec::new());
             for (agent, hold) in agents.iter().zip([700, 1000, 1300].map(Duration::from_millis)) {

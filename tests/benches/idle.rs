@@ -69,7 +69,7 @@ fn idle(agents: usize, reached: Reached, span: Duration) {
     let deployment = Deployment::with(options);
     if reached == Reached::RelayedWithoutUdp {
         for agent in deployment.lab.agents() {
-            deployment.lab.cut_udp(agent.id, Cut { sent: true, received: true });
+            deployment.lab.cut_udp(agent.id, Cut::BOTH);
         }
     }
     let service = ServiceProcess::start_as_shipped();

@@ -74,7 +74,17 @@ pub(crate) const CASES: &[Case] = &[
     case(
         "udp_that_is_cut_off_under_load_is_left_and_taken_again",
         "a firewall that begins to drop UDP, and ends it",
-        "relayed, < 1 s, and direct again; TCP lives",
+        "relayed, < 1 s, and direct again, < 1 s; TCP lives",
+    ),
+    case(
+        "what_we_send_by_udp_and_is_cut_off_under_load_is_noticed_as_soon",
+        "the same, but it drops only what we send",
+        "relayed, < 1 s, and direct again, < 1 s; TCP lives",
+    ),
+    case(
+        "what_we_are_sent_by_udp_and_is_cut_off_under_load_is_noticed_as_soon",
+        "the same, but it drops only what we are sent",
+        "relayed, < 1 s, and direct again, < 1 s; TCP lives",
     ),
     case(
         "networks_change_under_load",

@@ -361,8 +361,7 @@ fn a_path_that_dies_under_load_is_left_within_a_second_and_taken_again_within_an
             happen(&mut world, &Change::Cut { site: 0, out, r#in });
             everything_comes_after(&mut world, SECOND, Duration::from_secs(20));
             world.heal();
-            // A ping a second finds it, and two round trips later the other knows.
-            world.run(SECOND + Duration::from_millis(100));
+            world.run(SECOND);
             assert!(are_direct(&world), "{makes:?} cut out {out}, in {}", r#in);
         }
     }
@@ -525,7 +524,7 @@ fn with_a_reference_peer_a_route_of_ours_that_is_gone_costs_a_quarter_of_a_secon
             happen(&mut world, &Change::Route { site: ours, is_there: false });
             everything_comes_after(&mut world, Duration::from_millis(250), Duration::from_secs(60));
             world.heal();
-            everything_comes_after(&mut world, Duration::ZERO, SECOND + Duration::from_millis(100));
+            everything_comes_after(&mut world, Duration::ZERO, SECOND);
             assert!(are_direct(&world), "{makes:?}");
         }
     }

@@ -11,8 +11,8 @@ use super::choice::Taken;
 /// answered, and of a thousand salvos hardly one is not.
 const SALVO: u8 = 12;
 const SALVO_PAUSE: Duration = Duration::from_millis(6);
-/// Between two pings later: the path is taken again within a second of its being back.
-const PAUSE: Duration = Duration::from_millis(900);
+/// Between two pings later: the path is taken again within a second of its being back, there and back included.
+const PAUSE: Duration = Duration::from_millis(750);
 /// The same where nothing was sent for [`QUIET`], and the path was lost longer ago than [`LONG_AGO`].
 const LONG_PAUSE: Duration = Duration::from_secs(5);
 const LONG_AGO: Duration = Duration::from_secs(30);

@@ -5,13 +5,18 @@ use std::{
     time::Duration,
 };
 
-/// Which datagrams of an agent are lost without a word.
+/// Which datagrams of an agent or a site are lost without a word.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cut {
     /// What it sends.
     pub sent: bool,
     /// What is sent to it.
     pub received: bool,
+}
+
+impl Cut {
+    /// All of them.
+    pub const BOTH: Self = Self { sent: true, received: true };
 }
 
 /// The faults of one agent.

@@ -10,7 +10,7 @@ use warren_proto::key::random;
 
 use super::packet::{self, End, Flow, TCP, UDP};
 use crate::{
-    agent::faults::Loss,
+    agent::faults::{Cut, Loss},
     nat::{Kind, Nat},
 };
 
@@ -30,8 +30,8 @@ pub struct HostId(pub(super) usize);
 pub struct Line {
     /// How long a packet is under way.
     pub delay: Duration,
-    /// A firewall drops UDP without a word.
-    pub blocks_udp: bool,
+    /// What a firewall drops without a word of what the site sends, and of what it is sent.
+    pub udp: Cut,
     /// Of a hundred packets so many are lost.
     pub loss_percent: u8,
     /// With one seed always the same ones are.
@@ -188,8 +188,14 @@ impl Router {
             return Ok((Fate::Stayed, Onward { to, after: Duration::ZERO }));
         }
         let there = self.site_at(flow.destination.ip()).ok_or(Fate::Unreachable)?;
+        let is_cut = |site: SiteId, is_cut: fn(Cut) -> bool| {
+            flow.protocol == UDP && self.sites.get(site.0).is_some_and(|site| is_cut(site.line.udp))
+        };
+        if is_cut(here, |udp| udp.sent) || is_cut(there, |udp| udp.received) {
+            return Err(Fate::Blocked);
+        }
         for site in [here, there] {
-            match self.cross(site, &flow, packet) {
+            match self.cross(site, packet) {
                 Err(Obstacle::Told(message)) => {
                     *packet = message;
                     return Ok((Fate::TooLarge, Onward { to: from, after: Duration::ZERO }));
@@ -205,11 +211,8 @@ impl Router {
     }
 
     /// What a site's line does to a packet, in either direction.
-    fn cross(&mut self, site: SiteId, flow: &Flow, packet: &mut [u8]) -> Result<(), Obstacle> {
+    fn cross(&mut self, site: SiteId, packet: &mut [u8]) -> Result<(), Obstacle> {
         let Some(Site { line, loss, .. }) = self.sites.get_mut(site.0) else { return Ok(()) };
-        if line.blocks_udp && flow.protocol == UDP {
-            return Err(Obstacle::Silent(Fate::Blocked));
-        }
         if let Some(mtu) = line.mtu
             && packet.len() > mtu.bytes()
         {
@@ -294,7 +297,7 @@ mod tests {
     fn neighbours_meet_without_the_translator_and_whatever_the_line_is_like() {
         let mut town = Town::new(Kind::Symmetric);
         let neighbour = town.router.add_host(town.home, &[ip("10.0.0.3")]);
-        town.line(Line { blocks_udp: true, loss_percent: 100, ..Line::default() });
+        town.line(Line { udp: Cut::BOTH, loss_percent: 100, ..Line::default() });
         let sent = datagram("10.0.0.2:5000", "10.0.0.3:6000", 100);
         let mut packet = sent.clone();
         let onward = town.router.handle_packet(Instant::now(), town.host, &mut packet);
@@ -331,10 +334,16 @@ mod tests {
     }
 
     #[test]
-    fn a_firewall_drops_datagrams_and_a_bad_line_its_part_of_all() {
+    fn a_firewall_drops_datagrams_either_way_and_a_bad_line_its_part_of_all() {
         let mut town = Town::new(Kind::FullCone);
-        town.line(Line { blocks_udp: true, ..Line::default() });
-        assert_eq!(town.sends("198.51.100.1:3478"), None);
+        let seen = town.sends("198.51.100.1:3478").unwrap();
+        let [sent, received] = [(true, false), (false, true)].map(|(sent, received)| Cut { sent, received });
+        for udp in [Cut::BOTH, sent, received] {
+            town.line(Line { udp, ..Line::default() });
+            assert_eq!(town.sends("198.51.100.1:3478").is_none(), udp.sent, "{udp:?}");
+            assert_eq!(town.hears("198.51.100.1:3478", seen).is_none(), udp.received, "{udp:?}");
+        }
+        assert_eq!(town.fate(), [(Fate::Passed, 3), (Fate::Blocked, 4)]);
         town.line(Line { loss_percent: 20, seed: 3, ..Line::default() });
         let passed = (0..1000).filter(|_| town.sends("198.51.100.1:3478").is_some()).count();
         assert!((750..850).contains(&passed), "{passed}");
