@@ -316,6 +316,11 @@ impl DataPlane {
         self.plane.tun.load().is_some()
     }
 
+    /// What the attached device is called; `None` without one, and for what is no TUN device.
+    pub fn device_name(&self) -> Option<String> {
+        self.plane.tun.load().as_ref()?.name()
+    }
+
     /// How each link stands.
     pub fn links(&self) -> BTreeMap<RegionId, LinkInfo> {
         self.plane.links.load().iter().map(|(region, link)| (*region, link.info())).collect()

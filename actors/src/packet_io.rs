@@ -92,7 +92,7 @@ impl PacketIo {
 /// One incarnation of the part.
 pub struct State {
     whereabouts: Endpoints,
-    network: Option<Arc<Network>>,
+    network: Option<Network>,
     families: CellWriter<Families>,
     endpoints: CellWriter<Vec<SocketAddr>>,
 }
@@ -108,8 +108,8 @@ impl PacketIo {
         state.endpoints.set_if_changed(list);
     }
 
-    fn take_network(&self, state: &mut State, network: Arc<Network>) {
-        let change = note_network(state, network);
+    fn take_network(&self, state: &mut State, network: &Network) {
+        let change = self.note_network(state, network);
         if change == Some(Change::Major) {
             // It tells everybody whom that concerns, us too: peers are made to leave addresses that we lose once the
             // paths know why. One that has no room left has heard of it already.
@@ -128,7 +128,7 @@ impl PacketIo {
     /// is looked up first: when the watcher tells of it, that is no news, and they are not bound anew again.
     async fn bind_anew(&self, state: &mut State) {
         if let Ok(Ok(network)) = timeout(LIST_LIMIT, interfaces::list()).await {
-            note_network(state, Arc::new(network));
+            self.note_network(state, &network);
         }
         self.net.data_plane.link_changed();
         if self.net.data_plane.local_ports().is_some()
@@ -151,26 +151,28 @@ impl PacketIo {
         }
     }
 
+    /// Takes over which network the machine is on, our own device apart, and returns how it differs from before.
+    fn note_network(&self, state: &mut State, network: &Network) -> Option<Change> {
+        let own = self.net.data_plane.device_name();
+        let network = own.map_or_else(|| network.clone(), |own| network.without(&own));
+        let change = state.network.as_ref().and_then(|known| known.change_to(&network));
+        state.whereabouts.set_interfaces(network.interfaces.clone());
+        state.network = Some(network);
+        let families = state.whereabouts.families();
+        // A machine that is on no network can still have its deployment, a lab, on itself.
+        let families = if families == Families::default() { EVERY_FAMILY } else { families };
+        state.families.set_if_changed(families);
+        if change == Some(Change::Major) {
+            tracing::info!("the network has changed");
+            counter!(names::NETWORK_CHANGES).increment(1);
+        }
+        change
+    }
+
     fn ports(&self) -> Ports {
         let ports = self.net.data_plane.local_ports();
         Ports { v4: ports.map(|ports| ports.v4), v6: ports.and_then(|ports| ports.v6) }
     }
-}
-
-/// Takes over which network the machine is on, and returns how it differs from before.
-fn note_network(state: &mut State, network: Arc<Network>) -> Option<Change> {
-    let change = state.network.as_ref().and_then(|known| known.change_to(&network));
-    state.whereabouts.set_interfaces(network.interfaces.clone());
-    state.network = Some(network);
-    let families = state.whereabouts.families();
-    // A machine that is on no network can still have its deployment, a lab, on itself.
-    let families = if families == Families::default() { EVERY_FAMILY } else { families };
-    state.families.set_if_changed(families);
-    if change == Some(Change::Major) {
-        tracing::info!("the network has changed");
-        counter!(names::NETWORK_CHANGES).increment(1);
-    }
-    change
 }
 
 impl Part for PacketIo {
@@ -206,7 +208,7 @@ impl Part for PacketIo {
                 self.net.data_plane.set_direct(*self.net.direct.get());
                 self.tell_whereabouts(state);
             }
-            Message::Network(network) => self.take_network(state, network),
+            Message::Network(network) => self.take_network(state, &network),
             Message::Seen => self.take_seen(state),
             Message::NetworkChanged => self.bind_anew(state).await,
             Message::MapChanged => {
@@ -309,16 +311,16 @@ mod tests {
 
     #[tokio::test]
     async fn a_network_for_which_the_sockets_were_bound_anew_is_no_news_when_the_watcher_tells_of_it() {
-        let here = Arc::new(interfaces::list().await.unwrap());
+        let here = interfaces::list().await.unwrap();
         for (is_woken, news) in [(false, Some(Change::Major)), (true, None)] {
             let net = Arc::new(net(NetworkOwner::Nobody));
             let (part, context) = (PacketIo::new(Arc::clone(&net)), context(&net));
             let mut state = part.start(&context).await.unwrap();
-            state.network = Some(Arc::new(elsewhere()));
+            state.network = Some(elsewhere());
             if is_woken {
                 part.handle(&context, &mut state, Message::NetworkChanged).await.unwrap();
             }
-            assert_eq!(note_network(&mut state, Arc::clone(&here)), news);
+            assert_eq!(part.note_network(&mut state, &here), news);
         }
     }
 

@@ -46,6 +46,8 @@ const NOTICED: Duration = Duration::from_secs(1);
 
 /// An address that is ours to take away again: a change of the network.
 const PASSING: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 99, 0, 1));
+/// An address that our device has besides the one inside of the tunnel.
+const OF_THE_DEVICE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 98, 0, 1));
 
 /// Where the deployment is, when there are networks.
 const WORLD: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 1));
@@ -206,6 +208,23 @@ fn their_agent_hears_a_probe_first_from_our_next_port_and_follows_us_there() {
     });
 }
 
+/// Which addresses it has is a matter of whoever made it. A path to one of them would lead through itself
+/// (tailnet-data 9).
+#[test]
+fn of_our_own_device_peers_are_told_no_address() {
+    isolated(|| {
+        bring_up("lo");
+        let deployment = Deployment::with(LabOptions { agents: 1, direct: true, ..LabOptions::default() });
+        let service = ServiceProcess::start_configured("");
+        log_in(&service, &deployment);
+        add_address("warren0", OF_THE_DEVICE, 32);
+        add_address("lo", PASSING, 32);
+        let is_told = |address| endpoints(&deployment).iter().any(|endpoint| endpoint.ip() == address);
+        within(LIMIT, "another address is told", || is_told(PASSING));
+        assert!(!is_told(OF_THE_DEVICE));
+    });
+}
+
 /// A network behind a translator.
 fn lan(internet: &Internet, kind: Kind, number: u8) -> SiteId {
     let site = internet.add_home(kind, [203, 0, 113, number].into());
@@ -281,6 +300,22 @@ fn survives_blocked_udp(direction: &str) {
     scene.has_not_restarted();
 }
 
+/// Logs in and brings the tunnel up.
+fn log_in(service: &ServiceProcess, deployment: &Deployment) {
+    let (url, token) = deployment.access();
+    service.pretend_login(&url, &token);
+    let up = service.warren(&["up", "--wait"]);
+    assert!(up.status.success(), "{}{}", stderr(&up), service.log());
+}
+
+/// Where we are, as the coordinator knows it.
+fn endpoints(deployment: &Deployment) -> Vec<SocketAddr> {
+    let control = deployment.control();
+    let [client] = *control.clients() else { panic!("one client") };
+    let told = control.node(client).unwrap().endpoints;
+    told.iter().map(|endpoint| endpoint.parse().unwrap()).collect()
+}
+
 struct Scene {
     agent: ForeignAgent,
     service: ServiceProcess,
@@ -302,10 +337,7 @@ impl Scene {
 
     /// Brings the tunnel up.
     fn of(service: ServiceProcess, deployment: Deployment, agent: ForeignAgent) -> Self {
-        let (url, token) = deployment.access();
-        service.pretend_login(&url, &token);
-        let up = service.warren(&["up", "--wait"]);
-        assert!(up.status.success(), "{}{}{:#?}", stderr(&up), service.log(), agent.said());
+        log_in(&service, &deployment);
         Self { agent, service, deployment }
     }
 
@@ -317,21 +349,13 @@ impl Scene {
         Transfer::start(self.agent.echoes_at())
     }
 
-    /// Where we are, as the coordinator knows it.
-    fn endpoints(&self) -> Vec<SocketAddr> {
-        let control = self.deployment.control();
-        let [client] = *control.clients() else { panic!("one client") };
-        let told = control.node(client).unwrap().endpoints;
-        told.iter().map(|endpoint| endpoint.parse().unwrap()).collect()
-    }
-
     /// How often somebody has asked the relay to be let in.
     fn relay_logins(&self) -> usize {
         self.deployment.control().recording().requests.iter().filter(|it| it.path == "/derp").count()
     }
 
     fn our_port(&self) -> Option<u16> {
-        self.endpoints().iter().find(|endpoint| endpoint.is_ipv4()).map(SocketAddr::port)
+        endpoints(&self.deployment).iter().find(|endpoint| endpoint.is_ipv4()).map(SocketAddr::port)
     }
 
     /// Has us bind our sockets anew, where our port is somebody else's by then: for as long as that is kept. The

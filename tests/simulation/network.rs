@@ -179,17 +179,38 @@ impl<P: Clone> Network<P> {
         &mut self.sites[site].conditions
     }
 
-    /// Whether the largest probes of a host get to the site of an address, and answers back, by chance or always.
-    pub(crate) fn is_open(&self, host: HostId, to: SocketAddr) -> bool {
-        let here = self.hosts[host.0].site;
-        if self.host_in(Some(here), to.ip()).is_some() {
-            return true;
+    /// Who would get the largest probe that a host sent now, by chance or always: at which address of his, and from where
+    /// as he would see it.
+    pub(crate) fn reached(
+        &self,
+        now: Instant,
+        host: HostId,
+        port: u16,
+        to: SocketAddr,
+    ) -> Option<(HostId, SocketAddr, SocketAddr)> {
+        let Host { site, addresses } = &self.hosts[host.0];
+        let own = addresses.iter().find(|own| own.is_ipv4() == to.is_ipv4())?;
+        let inner = SocketAddr::new(*own, port);
+        if let Some(at) = self.host_in(Some(*site), to.ip()) {
+            return Some((at, to, inner));
         }
-        let Some(there) = self.site_at(to.ip()) else { return false };
-        [here, there].map(|site| &self.sites[site].conditions).into_iter().all(|conditions| {
-            let fits = PADDED + HEADERS[usize::from(to.is_ipv6())] <= conditions.mtu;
-            fits && !conditions.is_cut_out && !conditions.is_cut_in && !conditions.has_no_route
-        })
+        let (here, target) = (&self.sites[*site], self.site_at(to.ip())?);
+        let there = &self.sites[target];
+        let is_open = !here.conditions.is_cut_out && !there.conditions.is_cut_in;
+        let has_routes = !here.conditions.has_no_route && !there.conditions.has_no_route;
+        let length = PADDED + HEADERS[usize::from(to.is_ipv6())];
+        if !is_open || !has_routes || length > here.conditions.mtu.min(there.conditions.mtu) {
+            return None;
+        }
+        // Translators take no notice.
+        let (from, to) = match to {
+            SocketAddr::V6(_) => (inner, to),
+            SocketAddr::V4(_) => {
+                let from = here.nat.clone().map_or(inner, |mut nat| nat.leave(now, inner, to, || u16::MAX));
+                (from, there.nat.clone().map_or(Some(to), |mut nat| nat.enter(now, from, to.port()))?)
+            }
+        };
+        Some((self.host_in(Some(target), to.ip())?, to, from))
     }
 
     /// Has a site's translator forget what it knows.

@@ -54,7 +54,7 @@ pub(crate) struct Peer {
     pub(crate) member: Member,
     pub(crate) others: BTreeMap<PeerId, Other>,
     engines: Engines,
-    sources: ReceiveMap,
+    pub(crate) sources: ReceiveMap,
     /// As last collected.
     pub(crate) endpoints: Vec<SocketAddr>,
     collected_at: Option<Instant>,

@@ -68,7 +68,7 @@ impl Endpoints {
         self.ports = ports;
     }
 
-    /// Takes the interfaces of this machine.
+    /// Takes the interfaces of this machine, without our own device.
     pub fn set_interfaces(&mut self, interfaces: Vec<Interface>) {
         self.interfaces = interfaces;
     }
@@ -116,7 +116,7 @@ impl Endpoints {
         told.filter_map(move |address| Some(SocketAddr::new(address, ports.of(Family::of(address))?)))
     }
 
-    /// Every address that a peer might ever be told. Our own device has inner ones only.
+    /// Every address that a peer might ever be told.
     fn addresses(&self) -> impl Iterator<Item = IpAddr> {
         let is_foreign =
             |interface: &&Interface| interface.is_up && !interface.name.starts_with(OVERLAY_PREFIX);

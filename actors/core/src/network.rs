@@ -55,6 +55,14 @@ pub enum Change {
 }
 
 impl Network {
+    /// The same without one of the interfaces.
+    #[must_use]
+    pub fn without(&self, name: &str) -> Self {
+        let mut others = self.clone();
+        others.interfaces.retain(|interface| interface.name != name);
+        others
+    }
+
     /// What `newer` means for somebody who knows this; `None` if nothing. What happens inside of tunnels of
     /// ours, to link-local addresses and to names does not count, so that a container which comes and goes
     /// disturbs nobody.

@@ -128,10 +128,14 @@ impl Tun {
     /// Whether the interface behind a descriptor of [`Self::create`] is gone: somebody has removed it. What is
     /// no TUN device has none that could be.
     pub fn is_gone(descriptor: &OwnedFd) -> bool {
-        let mut request = empty_request();
-        // SAFETY: as in `framing`: the call writes at most one ifreq, which `request` is.
-        let answer = unsafe { libc::ioctl(descriptor.as_raw_fd(), TUNGETIFF as _, &mut request) };
-        check(answer).is_err_and(|error| error.raw_os_error() == Some(libc::EBADFD))
+        interface(descriptor).is_err_and(|error| error.raw_os_error() == Some(libc::EBADFD))
+    }
+
+    /// What the interface is called now; `None` if it is gone, and for what is no TUN device.
+    pub fn name(&self) -> Option<String> {
+        let request = interface(&self.descriptor).ok()?;
+        let name = request.ifr_name.iter().take_while(|byte| **byte != 0).map(|byte| *byte as u8);
+        String::from_utf8(name.collect()).ok()
     }
 
     /// Takes over a descriptor that some other part of the process owns, under a number of its own.
@@ -273,14 +277,19 @@ fn empty_request() -> libc::ifreq {
     unsafe { std::mem::zeroed() }
 }
 
-fn framing(descriptor: &OwnedFd) -> Result<Framing, TunError> {
+/// The interface behind a descriptor: its name and flags.
+fn interface(descriptor: &OwnedFd) -> io::Result<libc::ifreq> {
     let mut request = empty_request();
     // SAFETY: TUNGETIFF writes at most one ifreq, which `request` is, and keeps no pointer to it. On a
     // descriptor that is no TUN device the call fails and writes nothing.
     let answer = unsafe { libc::ioctl(descriptor.as_raw_fd(), TUNGETIFF as _, &mut request) };
-    if answer < 0 {
+    check(answer).map(|()| request)
+}
+
+fn framing(descriptor: &OwnedFd) -> Result<Framing, TunError> {
+    let Ok(request) = interface(descriptor) else {
         return Ok(Framing { packet_info: false, virtio: false });
-    }
+    };
     // SAFETY: TUNGETIFF has filled in the flags.
     let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
     let virtio = flags & libc::IFF_VNET_HDR != 0;

@@ -81,11 +81,6 @@ impl ForeignAgent {
         (self.address, u16::try_from(port).unwrap()).into()
     }
 
-    /// Everything it has said.
-    pub(super) fn said(&self) -> Vec<Value> {
-        self.heard.lock().unwrap().iter().map(|(_, event)| event.clone()).collect()
-    }
-
     /// How many datagrams of WireGuard it has got.
     pub(super) fn wireguard_over_udp(&mut self) -> u64 {
         self.program.order(json!({"order": "count"}));

@@ -24,7 +24,7 @@ pub enum Kind {
 }
 
 /// The router of a site.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Nat {
     kind: Kind,
     outer: Ipv4Addr,
@@ -32,7 +32,7 @@ pub struct Nat {
     mappings: BTreeMap<u16, Mapping>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Mapping {
     inner: SocketAddr,
     /// Who was written to, and when last.

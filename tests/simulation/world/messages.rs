@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use rand::RngExt;
-use warren_core::path::{Effect, Via};
+use warren_core::path::{Direct, Effect, Via, Why};
 use warren_proto::disco::{PADDED, TxId};
 
 use super::{Event, Packet, RELAY_DELAY, World};
@@ -90,16 +90,41 @@ impl World {
                 self.peers[id.0].relay.prove(self.now);
                 self.at(PROOF_LIMIT, Event::Proof(id, self.now));
             }
-            Effect::Changed { to: Some(address), .. } => {
-                self.seen.changes.push((self.now, id, Some(address)));
-                let is_steady = self.now > self.changed_at + STEADY_AFTER;
-                let is_open = self.network.is_open(self.peers[id.0].host, address);
-                assert!(is_open || !is_steady, "{id:?} takes {address}, which is dead");
-            }
-            Effect::Changed { to: None, .. } => self.seen.changes.push((self.now, id, None)),
+            Effect::Changed { from, to, why } => self.changed(id, from, to, why),
             Effect::Verified(address) => self.peers[id.0].verify(address, to),
             Effect::Forgotten(address) => self.peers[id.0].forget(address, to),
         }
+    }
+
+    /// A peer of ours takes another way: once it had the time to notice what does not work any more, one that works, and
+    /// no other instead of one that works.
+    fn changed(&mut self, id: PeerId, from: Option<SocketAddr>, to: Option<SocketAddr>, why: Why) {
+        self.seen.changes.push((self.now, id, to));
+        if self.now <= self.changed_at + STEADY_AFTER {
+            return;
+        }
+        match to {
+            Some(address) => assert!(self.answers(id, address), "{id:?} takes {address}, which is dead"),
+            None if why == Why::Forbidden => {}
+            None => {
+                let was_dead = !from.is_some_and(|from| self.answers(id, from));
+                let carries = self.peers[id.0].relay.carries();
+                assert!(was_dead || carries, "{id:?} leaves {from:?} for a relay that is dead: {why:?}");
+            }
+        }
+    }
+
+    /// Whether the largest probe of a peer, sent to an address now, would be answered, by chance or always.
+    fn answers(&self, id: PeerId, address: SocketAddr) -> bool {
+        let one = &self.peers[id.0];
+        let Some((host, at, seen)) = self.network.reached(self.now, one.host, one.port, address) else {
+            return false;
+        };
+        let other = self.peers.iter().find(|it| it.host == host && it.port == at.port());
+        other.filter(|it| it.policy == Direct::Allowed).is_some_and(|it| {
+            let back = self.network.reached(self.now, it.host, it.port, seen);
+            back.is_some_and(|(host, at, _)| host == one.host && at.port() == one.port)
+        })
     }
 
     fn send(&mut self, from: PeerId, address: SocketAddr, to: PeerId, said: Said) {
