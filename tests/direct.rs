@@ -96,6 +96,29 @@ fn an_agent_that_comes_back_with_new_keys_is_reached_directly_again() {
     scene.has_had_no_trouble();
 }
 
+/// That it answers pings says nothing of what its tunnel does (tailnet-data 12.2).
+#[test]
+fn up_waits_until_packets_get_through_and_says_to_whom_they_do_not() {
+    let deployment = Deployment::with(LabOptions { agents: 1, direct: true, ..LabOptions::default() });
+    let agent = deployment.lab.agents()[0].id;
+    deployment.lab.shut_tunnel(agent, true);
+    let service = ServiceProcess::start();
+    let (url, token) = deployment.access();
+    service.pretend_login(&url, &token);
+    let up = service.warren(&["up", "--wait", "--timeout", "3s"]);
+    assert_eq!(up.status.code(), Some(7), "{}", stderr(&up));
+    assert!(stderr(&up).contains("no packets get to these agents and back: lab-1.main"), "{}", stderr(&up));
+    assert!(service.warren(&["ping", "main.lab-1", "--count", "1"]).status.success());
+    let through = || service.warren(&["ping", "main.lab-1", "--tsmp", "--count", "1"]);
+    assert_eq!(through().status.code(), Some(6));
+
+    deployment.lab.shut_tunnel(agent, false);
+    let up = service.warren(&["up", "--wait"]);
+    assert!(up.status.success(), "{}", stderr(&up));
+    let through = through();
+    assert!(through.status.success() && stdout(&through).contains("through WireGuard"), "{through:?}");
+}
+
 struct Scene {
     deployment: Deployment,
     service: ServiceProcess,

@@ -26,7 +26,7 @@ use warren_proto::{
         tunnel_message::Msg,
     },
 };
-use warren_supervisor::link::LinkClient;
+use warren_supervisor::link::{LinkClient, PingBy};
 
 mod command_line {
     use super::*;
@@ -389,8 +389,11 @@ mod ends {
         tunnel.pinged().await;
         lab.mute_agent(agent, true);
         let asker = link.clone();
-        let pinging = tokio::spawn(async move { asker.ping_agent(agent, Duration::from_secs(30)).await });
-        let impatient = link.ping_agent(agent, Duration::from_millis(200)).await.unwrap();
+        let pinging =
+            tokio::spawn(
+                async move { asker.ping_agent(agent, PingBy::Disco, Duration::from_secs(30)).await },
+            );
+        let impatient = link.ping_agent(agent, PingBy::Disco, Duration::from_millis(200)).await.unwrap();
         assert!(impatient.is_err() && !pinging.is_finished(), "{impatient:?}");
         tunnel.send(9, Order::Stop(StopRequest {})).await;
         let stopped = StopResponse { success: true, error_message: String::new() };
@@ -456,7 +459,8 @@ mod ends {
         }
 
         for _ in 0..20 {
-            let ping = link.ping_agent(lab.agents()[0].id, Duration::from_secs(20)).await.unwrap();
+            let ping =
+                link.ping_agent(lab.agents()[0].id, PingBy::Disco, Duration::from_secs(20)).await.unwrap();
             assert!(ping.is_ok(), "{ping:?}");
         }
 
@@ -534,7 +538,11 @@ mod private_link {
         assert!(exposition.contains("process=\"tunnel\""), "{exposition}");
         assert!(exposition.contains("warren_actor_mailbox_depth"), "{exposition}");
         assert!(!exposition.contains(lab.token()));
-        let ping = link.ping_agent(lab.agents()[0].id, Duration::from_secs(20)).await.unwrap().unwrap();
+        let ping = link
+            .ping_agent(lab.agents()[0].id, PingBy::Disco, Duration::from_secs(20))
+            .await
+            .unwrap()
+            .unwrap();
         assert!(!ping.direct && ping.latency > Duration::ZERO);
     }
 
@@ -557,8 +565,12 @@ mod private_link {
                 control.wait(LIMIT, is_back).await.expect("another connection");
             }
             let before = lab.agent_stats(agent).disco_pings;
-            let answered =
-                async { while !matches!(link.ping_agent(agent, Duration::from_secs(5)).await, Ok(Ok(_))) {} };
+            let answered = async {
+                while !matches!(
+                    link.ping_agent(agent, PingBy::Disco, Duration::from_secs(5)).await,
+                    Ok(Ok(_))
+                ) {}
+            };
             timeout(LIMIT, answered).await.expect("an answer");
             assert!(lab.agent_stats(agent).disco_pings > before);
         }
@@ -601,7 +613,7 @@ mod private_link {
         }
         let tree = link.tree(LIMIT).await.unwrap();
         assert!(tree.iter().filter(|node| node.restarts > 0).count() == 5, "{tree:?}");
-        let ping = link.ping_agent(lab.agents()[0].id, Duration::from_secs(20)).await.unwrap();
+        let ping = link.ping_agent(lab.agents()[0].id, PingBy::Disco, Duration::from_secs(20)).await.unwrap();
         assert!(ping.is_ok(), "{ping:?}");
     }
 

@@ -42,7 +42,7 @@ use warren_core::{
 };
 use warren_proto::{
     key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic},
-    stun,
+    stun, tsmp,
 };
 
 use crate::{
@@ -106,6 +106,8 @@ pub struct DataPlaneConfig {
 pub trait Events: Send + Sync {
     /// A pong arrived.
     fn pong(&self, pong: Pong);
+    /// A pong to a ping through WireGuard arrived.
+    fn tsmp_pong(&self, _pong: TsmpPong) {}
     /// A link became something else; [`DataPlane::links`] tells what.
     fn link_changed(&self, region: RegionId, change: LinkChange);
     /// A handshake with a peer was completed.
@@ -117,6 +119,17 @@ pub trait Events: Send + Sync {
     /// A peer is to be told where we are, and what we know of that is old: [`DataPlane::set_own_endpoints`] is
     /// waited for.
     fn endpoints_wanted(&self) {}
+}
+
+/// The answer to a ping through WireGuard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TsmpPong {
+    /// Who answered: what came out of its tunnel says so.
+    pub peer: NodePublic,
+    /// Of the ping.
+    pub data: tsmp::Data,
+    /// When the batch that it was in was received.
+    pub received_at: Instant,
 }
 
 /// Another direct path is taken, or none any more.
@@ -377,6 +390,16 @@ impl DataPlane {
         let mut pinged = Pinged::default();
         self.plane.feed_and_note(&peer, &mut pinged, |path| path.user_ping(Instant::now(), txid));
         pinged.outcome()
+    }
+
+    /// Sends a ping to a peer through WireGuard, by the way that its packets go (tailnet-data 12.2). The answer goes to
+    /// [`Events::tsmp_pong`]. Without a session it waits for one, as packets do.
+    pub fn send_tsmp_ping(&self, peer: &NodePublic, data: tsmp::Data) -> Result<(), PingUnsent> {
+        let peer = self.plane.peers.by_key(peer).ok_or(PingUnsent::UnknownPeer)?;
+        let to = peer.settings().addresses.first().copied().ok_or(PingUnsent::UnknownPeer)?;
+        peer.ask_tsmp();
+        self.plane.send_inner(&peer, inner::tsmp_ping(self.plane.address, to, data));
+        Ok(())
     }
 
     /// Binds the sockets anew, at the same port if it can be had. Sessions and addresses stay as they are; paths do, too,

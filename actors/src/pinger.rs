@@ -1,6 +1,7 @@
 //! The pinger: asks every agent every 5 s whether it is there, and agents that just became reachable at once
 //! (vpn-protocol 8). What an answer means is decided in [`warren_core::ping`]; this shell sends, keeps time,
-//! and hands results to the registry.
+//! and hands results to the registry. Who wants to know whether packets get through is served by
+//! [`warren_core::reach`].
 //!
 //! Owns no cell: results live in the registry's table. A crash loses the pings that are outstanding, and the
 //! successor pings every agent at once.
@@ -15,13 +16,14 @@ use metrics::{Counter, Histogram, counter, histogram};
 use uuid::Uuid;
 use warren_core::{
     ping::{self, Ping, PingRefused, Pings, TxId},
+    reach::Reaching,
     roster::PingReport,
 };
 use warren_observability::names;
 use warren_proto::key::random;
 
 use crate::{
-    data_plane::{PingUnsent, Pong},
+    data_plane::{PingUnsent, Pong, TsmpPong},
     facts::Net,
     recovery::Plane,
     registry,
@@ -42,6 +44,8 @@ pub enum Message {
     Woken,
     /// A pong arrived; stamped where it was received, or the mailbox would become latency.
     Pong(Pong),
+    /// A pong through WireGuard arrived.
+    TsmpPong(TsmpPong),
     /// It is time for whatever is due.
     Due,
     /// Pings one agent at once.
@@ -52,6 +56,15 @@ pub enum Message {
         limit: Duration,
         /// Where the answer goes.
         reply: Reply<Result<PingReport, PingFailed>>,
+    },
+    /// Asks an agent through WireGuard until it answers.
+    Reach {
+        /// The agent.
+        agent: Uuid,
+        /// How long the asker waits, at most 30 s.
+        limit: Duration,
+        /// Where it goes how long the first answer took after its ping.
+        reply: Reply<Result<Duration, PingFailed>>,
     },
 }
 
@@ -77,6 +90,7 @@ pub struct Pinger {
 /// One incarnation of the pinger.
 pub struct State {
     pings: Pings<Reply<Result<PingReport, PingFailed>>>,
+    reaching: Reaching<Reply<Result<Duration, PingFailed>>>,
     alarm: Alarm,
     counters: Counters,
     silent: Silent,
@@ -109,6 +123,7 @@ impl Part for Pinger {
         context.follow(self.net.network_map.view(), || Message::PeersChanged);
         let mut state = State {
             pings: Pings::new(Instant::now()),
+            reaching: Reaching::default(),
             alarm: Alarm::default(),
             counters: Counters::new(),
             silent: Silent::default(),
@@ -131,6 +146,9 @@ impl Part for Pinger {
                 for waiter in state.pings.set_peers(now, &map) {
                     let _ = waiter.send(Err(PingFailed::NoPeer));
                 }
+                for waiter in state.reaching.set_peers(&map) {
+                    let _ = waiter.send(Err(PingFailed::NoPeer));
+                }
             }
             Message::PathUp => state.pings.handle_path_up(now),
             Message::Woken => state.pings.handle_wake(now),
@@ -142,9 +160,16 @@ impl Part for Pinger {
                     let _ = reply.send(Err(refused.into()));
                 }
             }
+            Message::Reach { agent, limit, reply } => self.reach(state, agent, limit, reply),
+            Message::TsmpPong(TsmpPong { peer, data, received_at }) => {
+                if let Some((waiter, took)) = state.reaching.handle_pong(&peer, &data, received_at) {
+                    let _ = waiter.send(Ok(took));
+                }
+            }
             Message::Due => {}
         }
         self.send_due(state);
+        self.send_tsmp(state);
         state.set_alarm(context);
         Ok(())
     }
@@ -178,6 +203,36 @@ impl Pinger {
                     state.pings.unsent(&txid);
                     state.counters.unsent.increment(1);
                 }
+            }
+        }
+    }
+
+    fn reach(
+        &self,
+        state: &mut State,
+        agent: Uuid,
+        limit: Duration,
+        reply: Reply<Result<Duration, PingFailed>>,
+    ) {
+        let Some(peer) = self.net.network_map.get().peers.get(&agent).map(|peer| peer.node_key) else {
+            let _ = reply.send(Err(PingFailed::NoPeer));
+            return;
+        };
+        let now = Instant::now();
+        if let Err(reply) = state.reaching.begin(now, (agent, peer), now + limit.min(MAX_WAIT), reply) {
+            let _ = reply.send(Err(PingFailed::Busy));
+        }
+    }
+
+    fn send_tsmp(&self, state: &mut State) {
+        let due = state.reaching.handle_timeout(Instant::now(), random, rand::random);
+        for waiter in due.gave_up {
+            let _ = waiter.send(Err(PingFailed::Timeout));
+        }
+        for (peer, data) in due.pings {
+            if let Err(error) = self.net.data_plane.send_tsmp_ping(&peer, data) {
+                // The next one of the series may find it.
+                tracing::debug!(?error, "no ping through WireGuard");
             }
         }
     }
@@ -224,7 +279,11 @@ impl Silent {
 
 impl State {
     fn set_alarm(&mut self, context: &Context<Message>) {
-        self.alarm.set(context, Some(self.pings.poll_timeout()), Message::Due);
+        let due = self
+            .reaching
+            .poll_timeout()
+            .map_or(self.pings.poll_timeout(), |due| due.min(self.pings.poll_timeout()));
+        self.alarm.set(context, Some(due), Message::Due);
     }
 }
 
@@ -312,6 +371,25 @@ mod tests {
         setting.hear(Message::Pong(pong)).await;
         assert!(setting.state.silent.0.is_empty());
         assert_eq!(setting.part.net.registry.depth(), 0);
+    }
+
+    #[tokio::test]
+    async fn who_asks_whether_packets_get_through_hears_it_of_the_agents_own_answer() {
+        let mut setting = Setting::new().await;
+        let agent = Uuid::from_u128(1);
+        let (reply, nobody) = oneshot::channel();
+        setting.hear(Message::Reach { agent, limit: MAX_WAIT, reply }).await;
+        assert_eq!(nobody.await.unwrap(), Err(PingFailed::NoPeer));
+        setting.set_peers(&[1]).await;
+        let (reply, too_late) = oneshot::channel();
+        setting.hear(Message::Reach { agent, limit: Duration::ZERO, reply }).await;
+        assert_eq!(too_late.await.unwrap(), Err(PingFailed::Timeout));
+        let (reply, gone) = oneshot::channel();
+        setting.hear(Message::Reach { agent, limit: MAX_WAIT, reply }).await;
+        let pong = TsmpPong { peer: key(1), data: [7; 8], received_at: Instant::now() };
+        setting.hear(Message::TsmpPong(pong)).await;
+        setting.set_peers(&[]).await;
+        assert_eq!(gone.await.unwrap(), Err(PingFailed::NoPeer), "nobody had asked that");
     }
 
     /// Conforms: vpn:15.11

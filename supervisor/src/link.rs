@@ -97,14 +97,23 @@ impl From<FrameError> for LinkError {
     }
 }
 
+/// What an agent is asked by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PingBy {
+    /// One disco message, over its path.
+    Disco,
+    /// TSMP messages through WireGuard, until one is answered.
+    Tsmp,
+}
+
 /// How an agent answered a ping.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AgentPing {
     /// Round trip.
     pub latency: Duration,
-    /// Whether a direct path answered.
+    /// Whether a direct path answered. Only disco messages say so.
     pub direct: bool,
-    /// Name of the relay region the answer came through.
+    /// Name of the relay region the answer came through; the same.
     pub region: String,
 }
 

@@ -12,6 +12,7 @@ pub mod own_node;
 pub mod path;
 pub mod path_news;
 pub mod ping;
+pub mod reach;
 pub mod relay_link;
 pub mod relay_map;
 pub mod roster;

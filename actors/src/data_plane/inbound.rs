@@ -6,7 +6,7 @@ use std::{net::SocketAddr, ops::Range, sync::Arc, time::Instant};
 use warren_proto::{disco::is_probe, key::NodePublic, stun};
 
 use super::{
-    Plane, StunAnswer,
+    Plane, StunAnswer, TsmpPong,
     counters::{Drop, Tally, Way},
     direct::Kind,
     disco,
@@ -261,8 +261,15 @@ impl Inbound {
         let answer = match header.content {
             Content::Tsmp => match inner::tsmp_pong(bytes) {
                 Some(answer) => Some(answer),
-                // Other messages of this kind are for nobody else either.
-                None => return,
+                None => {
+                    // Other messages of this kind are for nobody else either.
+                    let Some(data) = inner::tsmp_answered(bytes) else { return };
+                    if sender.peer.take_tsmp() {
+                        let (peer, received_at) = (sender.peer.key, batch.now);
+                        batch.plane.events.tsmp_pong(TsmpPong { peer, data, received_at });
+                    }
+                    return;
+                }
             },
             Content::Icmpv6 if batch.tun.is_none() => inner::echo_reply(bytes),
             Content::Icmpv6 | Content::Other => None,

@@ -3,7 +3,7 @@
 
 use std::net::Ipv6Addr;
 
-use warren_proto::tsmp::{self, Message};
+use warren_proto::tsmp::{self, Data, Message};
 
 const HEADER: usize = 40;
 const ICMPV6: u8 = 58;
@@ -51,12 +51,25 @@ impl Header {
     }
 }
 
+/// A TSMP ping.
+pub(super) fn tsmp_ping(from: Ipv6Addr, to: Ipv6Addr, data: Data) -> Vec<u8> {
+    packet_between(from, to, tsmp::PROTOCOL, &Message::Ping(data).encode())
+}
+
 /// The pong to a TSMP ping; `None` for other messages.
 pub(super) fn tsmp_pong(packet: &[u8]) -> Option<Vec<u8>> {
     let header = Header::of(packet)?;
     let Message::Ping(data) = Message::decode(packet.get(HEADER..)?)? else { return None };
     let pong = Message::Pong { data, port: 0 }.encode();
     Some(packet_between(header.destination, header.source, tsmp::PROTOCOL, &pong))
+}
+
+/// Which ping of ours a TSMP pong answers; `None` for other messages.
+pub(super) fn tsmp_answered(packet: &[u8]) -> Option<Data> {
+    match Message::decode(packet.get(HEADER..)?)? {
+        Message::Pong { data, .. } => Some(data),
+        Message::Ping(_) | Message::Rejected(_) => None,
+    }
 }
 
 /// The reply to an ICMPv6 echo request; `None` for other messages.
@@ -113,6 +126,8 @@ mod tests {
         assert_eq!(Header::of(&pong), Some(header));
         assert_eq!(pong[40..], *b"o12345678\0\0");
         assert_eq!(tsmp_pong(&pong), None);
+        assert_eq!((tsmp_answered(&pong), tsmp_answered(&ping)), (Some(*b"12345678"), None));
+        assert_eq!(tsmp_ping(A, B, *b"12345678"), packet_between(A, B, tsmp::PROTOCOL, b"p12345678"));
         assert_eq!(tsmp_pong(&packet_between(A, B, tsmp::PROTOCOL, b"p1234567")), None);
     }
 

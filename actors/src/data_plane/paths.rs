@@ -11,11 +11,15 @@ use warren_proto::{disco::TxId, key::random};
 
 use super::{
     PathChange, PingUnsent, Plane, Pong,
-    counters::{Drop, Probe, Tally, Way},
+    counters::{Amount, Drop, Probe, Tally, Way},
     disco,
     peers::Peer,
 };
-use crate::{relay::link::Link, udp::Unsent};
+use crate::{
+    relay::link::Link,
+    udp::Unsent,
+    wireguard::{Sealed, padded, seal_room},
+};
 
 /// Effects that are carried out after one input. A path keeps at most half of that.
 const MAX_EFFECTS: usize = 1024;
@@ -180,6 +184,30 @@ impl Plane {
         let relayed =
             route.relay && self.edge(peer).is_some_and(|link| link.send(&peer.key, message).is_ok());
         relayed || direct == Some(true)
+    }
+
+    /// Seals an inner packet of our own and sends it.
+    pub(super) fn send_inner(&self, peer: &Peer, mut packet: Vec<u8>) {
+        let (len, now, mut tally) = (packet.len(), Instant::now(), Tally::default());
+        packet.resize(padded(len), 0);
+        let mut sealed = vec![0; seal_room(len)];
+        let outcome = peer.engine().seal(now, &packet, &mut sealed);
+        let send = |len: usize| sealed.get(..len).is_some_and(|message| self.send(peer, message));
+        match outcome {
+            Sealed::Data(sealed) if send(sealed) => {
+                let way = if self.route(peer, now).direct.is_some() { Way::Direct } else { Way::Relay };
+                tally.sent.by(way).add(len);
+                let mut sent = Amount::default();
+                sent.add(len);
+                peer.count(Amount::default(), sent);
+            }
+            Sealed::Handshake(sealed) if send(sealed) => {}
+            Sealed::Data(_) => tally.drop(Drop::NoLink),
+            // It waits for the session, whose beginning is repeated.
+            Sealed::Handshake(_) | Sealed::Waiting => {}
+            Sealed::Refused => tally.drop(Drop::Unsealed),
+        }
+        self.counters.add(&tally);
     }
 
     /// A pong that was asked for.

@@ -7,7 +7,7 @@ use std::{
     ops::Deref,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
-        atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering},
     },
     time::Instant,
 };
@@ -45,6 +45,8 @@ pub(crate) struct Peer {
     learned: AtomicU16,
     /// A handshake could not be sent; to be started when there is a link.
     cold: AtomicBool,
+    /// Pings through WireGuard that it may still answer.
+    tsmp_asked: AtomicU32,
     received_bytes: AtomicU64,
     sent_bytes: AtomicU64,
 }
@@ -94,6 +96,7 @@ impl Peer {
             disco: OnceLock::new(),
             learned: AtomicU16::new(0),
             cold: AtomicBool::new(false),
+            tsmp_asked: AtomicU32::new(0),
             received_bytes: AtomicU64::new(0),
             sent_bytes: AtomicU64::new(0),
         }
@@ -142,6 +145,17 @@ impl Peer {
     /// Whether its handshake could not be sent; only once.
     pub(crate) fn take_cold(&self) -> bool {
         self.cold.swap(false, Ordering::Relaxed)
+    }
+
+    /// It is asked through WireGuard.
+    pub(crate) fn ask_tsmp(&self) {
+        self.tsmp_asked.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// It answers such a question. Returns whether there was one for each answer: nobody is kept busy by others.
+    pub(crate) fn take_tsmp(&self) -> bool {
+        let asked = |asked: u32| asked.checked_sub(1);
+        self.tsmp_asked.fetch_update(Ordering::Relaxed, Ordering::Relaxed, asked).is_ok()
     }
 
     /// Counts traffic for the statistics.

@@ -302,6 +302,28 @@ async fn with_a_device_echo_goes_to_the_kernel_and_tsmp_does_not() {
     a.receives_bytes_of(&b, TSMP_PONG).await;
 }
 
+/// Also before there is a session.
+#[tokio::test]
+async fn a_ping_through_wireguard_is_answered_by_the_peer_that_was_asked() {
+    let world = World::new().await;
+    let (mut a, b) = (world.side(1), world.side(2));
+    world.join_cold(&a, &b).await;
+    for data in [*b"ask once", *b"and more"] {
+        a.plane.send_tsmp_ping(&b.key, data).unwrap();
+        let pong = timeout(LIMIT, a.tsmp.recv()).await.unwrap().unwrap();
+        assert_eq!((pong.peer, pong.data), (b.key, data));
+    }
+    // An answer that nobody asked for; the one behind it is heard.
+    b.device.send(&tsmp(&b, &a, b"ounwanted\0\0")).await.unwrap();
+    b.device.send(&packet(&b, &a, 100)).await.unwrap();
+    assert_eq!(a.read_packet().await, packet(&b, &a, 100));
+    assert!(a.tsmp.try_recv().is_err());
+    let nobody = NodePrivate::generate().public();
+    assert_eq!(a.plane.send_tsmp_ping(&nobody, [0; 8]), Err(PingUnsent::UnknownPeer));
+    let stats = a.plane.stats()[&b.key];
+    assert!(stats.sent_bytes >= 49 && stats.received_bytes >= TSMP_PONG, "{stats:?}");
+}
+
 #[tokio::test]
 async fn another_device_takes_the_place_of_the_first() {
     let world = World::new().await;
@@ -829,6 +851,7 @@ struct Side {
     heard: Arc<Heard>,
     handshake: tokio::sync::Mutex<mpsc::Receiver<NodePublic>>,
     pong: mpsc::Receiver<Pong>,
+    tsmp: mpsc::Receiver<TsmpPong>,
     path: mpsc::Receiver<PathChange>,
     stun: mpsc::Receiver<StunAnswer>,
     link: tokio::sync::Mutex<mpsc::Receiver<LinkChange>>,
@@ -837,6 +860,7 @@ struct Side {
 struct Heard {
     handshake: mpsc::Sender<NodePublic>,
     pong: mpsc::Sender<Pong>,
+    tsmp: mpsc::Sender<TsmpPong>,
     path: mpsc::Sender<PathChange>,
     stun: mpsc::Sender<StunAnswer>,
     link: mpsc::Sender<LinkChange>,
@@ -846,6 +870,10 @@ impl Events for Heard {
     fn pong(&self, pong: Pong) {
         // Paths ping without end.
         let _ = self.pong.try_send(pong);
+    }
+
+    fn tsmp_pong(&self, pong: TsmpPong) {
+        self.tsmp.try_send(pong).unwrap();
     }
 
     fn path_changed(&self, change: PathChange) {
@@ -881,12 +909,14 @@ impl Side {
     fn start(number: u8, udp: Option<UdpSockets>) -> Self {
         let (handshake_out, handshake) = mpsc::channel(100);
         let (pong_out, pong) = mpsc::channel(100);
+        let (tsmp_out, tsmp) = mpsc::channel(100);
         let (link_out, link) = mpsc::channel(100);
         let (path_out, path) = mpsc::channel(100);
         let (stun_out, stun) = mpsc::channel(100);
         let heard = Arc::new(Heard {
             handshake: handshake_out,
             pong: pong_out,
+            tsmp: tsmp_out,
             path: path_out,
             stun: stun_out,
             link: link_out,
@@ -900,7 +930,7 @@ impl Side {
         let (tun, device) = device();
         plane.attach_tun(tun);
         let (handshake, link) = (tokio::sync::Mutex::new(handshake), tokio::sync::Mutex::new(link));
-        Self { plane, key, disco: disco_key, address, device, heard, handshake, pong, path, stun, link }
+        Self { plane, key, disco: disco_key, address, device, heard, handshake, pong, tsmp, path, stun, link }
     }
 
     async fn read_packet(&mut self) -> Vec<u8> {
@@ -1022,9 +1052,13 @@ fn echo_request(from: &Side, to: &Side) -> Vec<u8> {
 }
 
 fn tsmp_ping(from: &Side, to: &Side) -> Vec<u8> {
-    let mut packet = packet(from, to, 49);
+    tsmp(from, to, b"p12345678")
+}
+
+fn tsmp(from: &Side, to: &Side, message: &[u8]) -> Vec<u8> {
+    let mut packet = packet(from, to, 40 + message.len());
     packet[6] = 99;
-    packet[40..49].copy_from_slice(b"p12345678");
+    packet[40..].copy_from_slice(message);
     packet
 }
 

@@ -35,6 +35,11 @@ impl Refusal {
         Self { status: StatusCode::SERVICE_UNAVAILABLE, words: words.into() }
     }
 
+    /// The tunnel is a program that does not know this.
+    pub(super) fn unsupported(words: impl Into<String>) -> Self {
+        Self { status: StatusCode::NOT_IMPLEMENTED, words: words.into() }
+    }
+
     pub(super) fn failed(words: impl Into<String>) -> Self {
         Self { status: StatusCode::INTERNAL_SERVER_ERROR, words: words.into() }
     }

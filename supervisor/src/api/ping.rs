@@ -1,4 +1,4 @@
-//! Pings on demand, one line each as it is answered.
+//! Pings on demand, one line each as it is answered: over the path that is in use, or through WireGuard.
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
@@ -19,7 +19,7 @@ use super::{
     look::{line, lines},
     resolve::resolve,
 };
-use crate::facts::TunnelState;
+use crate::{facts::TunnelState, link::PingBy};
 
 /// How long one answer is waited for.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -28,18 +28,21 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// The most that one request asks for.
 const MAX_COUNT: u32 = 3600;
 
-/// How often.
+/// How often, and by what.
 #[derive(serde::Deserialize)]
 pub(super) struct Times {
     #[serde(default = "once")]
     count: u32,
+    /// Through WireGuard.
+    #[serde(default)]
+    tsmp: bool,
 }
 
 fn once() -> u32 {
     1
 }
 
-/// Pings an agent over the path that is in use.
+/// Pings an agent.
 pub(super) async fn ping(
     State(shared): State<Arc<Shared>>,
     Path(called): Path<String>,
@@ -47,11 +50,12 @@ pub(super) async fn ping(
 ) -> Result<Response, Refusal> {
     let Query(times) = times.map_err(|error| Refusal::bad_request(error.body_text()))?;
     if shared.service.link.get().is_none() {
-        return Err(Refusal::unavailable(why_not(&shared.service.tunnel.get())));
+        return Err(why_not(&shared.service.tunnel.get()));
     }
     let agent = resolve(&shared.service.peers.get(), &called).map_err(Refusal::not_found)?;
     let left = times.count.clamp(1, MAX_COUNT);
-    let series = Series { shared, agent, left, next: Instant::now() };
+    let by = if times.tsmp { PingBy::Tsmp } else { PingBy::Disco };
+    let series = Series { shared, agent, by, left, next: Instant::now() };
     Ok(lines(stream::unfold(series, async |mut series| {
         let answer = series.next().await?;
         Some((Ok::<Bytes, Infallible>(line(&answer)), series))
@@ -59,20 +63,24 @@ pub(super) async fn ping(
 }
 
 /// Why no tunnel can be asked.
-pub(super) fn why_not(tunnel: &TunnelState) -> String {
-    match tunnel.lifecycle {
+pub(super) fn why_not(tunnel: &TunnelState) -> Refusal {
+    let words = match tunnel.lifecycle {
         _ if !tunnel.error.is_empty() => format!("there is no tunnel: {}", tunnel.error),
         Lifecycle::Starting => "the tunnel is only starting; try again in a moment".to_owned(),
         Lifecycle::Stopping => "the tunnel is being stopped".to_owned(),
-        Lifecycle::Started => "the tunnel cannot be asked: it is another program than ours".to_owned(),
+        Lifecycle::Started => {
+            return Refusal::unsupported("the tunnel cannot be asked: it is another program than ours");
+        }
         Lifecycle::Stopped | Lifecycle::Unknown => "there is no tunnel: run `warren up` first".to_owned(),
-    }
+    };
+    Refusal::unavailable(words)
 }
 
 /// The pings that are left. Ends with its reader.
 struct Series {
     shared: Arc<Shared>,
     agent: Uuid,
+    by: PingBy,
     left: u32,
     next: Instant,
 }
@@ -89,8 +97,14 @@ impl Series {
     async fn ping(&self) -> Result<Value, String> {
         let link = self.shared.service.link.get().as_ref().clone();
         let link = link.ok_or_else(|| "the tunnel is being restarted".to_owned())?;
-        let answer = link.ping_agent(self.agent, LIMIT).await.map_err(|error| error.to_string())??;
+        let answer =
+            link.ping_agent(self.agent, self.by, LIMIT).await.map_err(|error| error.to_string())??;
         let latency = answer.latency.as_secs_f64();
-        Ok(json!({ "latency_seconds": latency, "p2p": answer.direct, "region": answer.region }))
+        Ok(match self.by {
+            PingBy::Disco => {
+                json!({ "latency_seconds": latency, "p2p": answer.direct, "region": answer.region })
+            }
+            PingBy::Tsmp => json!({ "latency_seconds": latency }),
+        })
     }
 }

@@ -19,7 +19,7 @@ use crate::{
     config::Config,
     facts::{Options, TunnelState, stand_in},
     intent,
-    link::{self, AgentPing, Answers, LinkClient},
+    link::{self, AgentPing, Answers, LinkClient, PingBy},
     process::Spawner,
     sockets,
     tree::{NodeInfo, Tree},
@@ -80,10 +80,14 @@ impl Answers for Double {
     fn ping(
         &self,
         agent: Uuid,
+        by: PingBy,
         _: Duration,
     ) -> Pin<Box<dyn Future<Output = Result<AgentPing, String>> + Send>> {
         let latency = Duration::from_millis(5);
         let answer = match agent {
+            AGENT if by == PingBy::Tsmp => {
+                Ok(AgentPing { latency: Duration::from_millis(7), ..AgentPing::default() })
+            }
             AGENT => Ok(AgentPing { latency, direct: false, region: "Lab".to_owned() }),
             _ => Err("no such agent".to_owned()),
         };
@@ -373,6 +377,9 @@ async fn pings_come_one_a_line() {
     let lines: Vec<Value> = body.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     let pongs = lines.iter().filter(|line| line["latency_seconds"] == 0.005 && line["region"] == "Lab");
     assert_eq!(pongs.count(), 2, "{body}");
+    let (status, body) = bench.get("/v1/ping/main.dev?tsmp=true").await;
+    assert_eq!(status, 200);
+    assert!(body.lines().any(|line| line == r#"{"latency_seconds":0.007}"#), "{body}");
 }
 
 #[tokio::test]
@@ -398,14 +405,14 @@ async fn the_last_words_of_the_tunnel_are_lines() {
 async fn a_ping_while_the_tunnel_is_not_there_says_why() {
     let bench = Bench::new().await;
     let tunnel = bench.service.tunnel.claim().unwrap();
-    for (lifecycle, error, words) in [
-        (vpn::status::Lifecycle::Stopped, "the token was refused", "the token was refused"),
-        (vpn::status::Lifecycle::Starting, "", "only starting"),
-        (vpn::status::Lifecycle::Started, "", "another program"),
+    for (lifecycle, error, expected, words) in [
+        (vpn::status::Lifecycle::Stopped, "the token was refused", 503, "the token was refused"),
+        (vpn::status::Lifecycle::Starting, "", 503, "only starting"),
+        (vpn::status::Lifecycle::Started, "", 501, "another program"),
     ] {
         tunnel.set(TunnelState { lifecycle, error: error.into(), ..Default::default() });
         let (status, body) = bench.get("/v1/ping/dev.main").await;
-        assert_eq!(status, 503);
+        assert_eq!(status, expected);
         assert!(body.contains(words), "{body}");
     }
 }

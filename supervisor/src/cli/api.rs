@@ -27,6 +27,7 @@ const MAX_ANSWER: usize = 8 << 20;
 const MAX_LINE: usize = 64 << 10;
 
 /// The local API of one service.
+#[derive(Clone)]
 pub(crate) struct Api {
     socket: PathBuf,
 }
@@ -130,6 +131,7 @@ async fn refusal(answer: Response<Incoming>) -> CliError {
         StatusCode::FORBIDDEN | StatusCode::UNAUTHORIZED => Exit::Denied,
         StatusCode::GATEWAY_TIMEOUT => Exit::Timeout,
         StatusCode::SERVICE_UNAVAILABLE => Exit::Unhealthy,
+        StatusCode::NOT_IMPLEMENTED => Exit::VersionMismatch,
         _ => Exit::Failed,
     };
     CliError::new(exit, words)

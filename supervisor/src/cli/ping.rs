@@ -13,6 +13,7 @@ const EXAMPLES: &str = "\
 Examples:
   warren ping main.dev                      until Ctrl-C
   warren ping main.dev --until-direct       until an answer comes over a direct path
+  warren ping main.dev --tsmp               through WireGuard, as packets go
   warren ping fd60:627a:a42b:1:2:3:4:5 --count 10 --json
 
 AGENT is a name as `warren status` shows it (workspace.agent or agent.workspace), a host name, an
@@ -34,6 +35,9 @@ pub(crate) struct Args {
     /// Stop at the first answer over a direct path
     #[arg(long)]
     until_direct: bool,
+    /// Ask through WireGuard, which shows that packets get there and back, whichever way they go
+    #[arg(long, conflicts_with = "until_direct")]
+    tsmp: bool,
     /// One JSON object a line, without a summary
     #[arg(long)]
     json: bool,
@@ -82,6 +86,7 @@ pub(crate) async fn run(reach: Reach, args: Args) -> Outcome {
 struct Pings {
     api: Api,
     agent: String,
+    tsmp: bool,
     left: Option<u32>,
     lines: Option<Lines>,
 }
@@ -89,7 +94,7 @@ struct Pings {
 impl Pings {
     fn new(api: Api, args: &Args) -> Self {
         let agent = url::form_urlencoded::byte_serialize(args.agent.as_bytes()).collect();
-        Self { api, agent, left: args.count, lines: None }
+        Self { api, agent, tsmp: args.tsmp, left: args.count, lines: None }
     }
 
     async fn next(&mut self) -> Result<Option<Value>, CliError> {
@@ -100,7 +105,7 @@ impl Pings {
                 none => {
                     let batch = self.left.map_or(BATCH, |left| left.min(BATCH));
                     self.left = self.left.map(|left| left - batch);
-                    let path = format!("/v1/ping/{}?count={batch}", self.agent);
+                    let path = format!("/v1/ping/{}?count={batch}&tsmp={}", self.agent, self.tsmp);
                     none.insert(self.api.stream(&path).await?)
                 }
             };
@@ -124,11 +129,12 @@ fn describe(agent: &str, sequence: u64, line: &Value) -> String {
     let word = |key| line.get(key).and_then(Value::as_str);
     match latency(line) {
         Some(seconds) => {
-            let path = match is_direct(line) {
-                true => "direct".to_owned(),
-                false => format!("relay {}", word("region").unwrap_or("?")),
+            let by = match word("region") {
+                Some(_) if is_direct(line) => "path=direct".to_owned(),
+                Some(region) => format!("path=relay {region}"),
+                None => "through WireGuard".to_owned(),
             };
-            format!("pong from {agent}: seq={sequence} time={:.2} ms path={path}", seconds * 1e3)
+            format!("pong from {agent}: seq={sequence} time={:.2} ms {by}", seconds * 1e3)
         }
         None => {
             format!("no answer from {agent}: seq={sequence}: {}", word("error").unwrap_or("no reason given"))
@@ -215,6 +221,8 @@ mod tests {
         let relayed = json!({"latency_seconds": 0.0015, "p2p": false, "region": "Lab"});
         assert_eq!(describe("a", 2, &relayed), "pong from a: seq=2 time=1.50 ms path=relay Lab");
         assert!(seen(&[direct]).was_direct && !seen(&[relayed]).was_direct);
+        let inner = json!({"latency_seconds": 0.0015});
+        assert_eq!(describe("a", 3, &inner), "pong from a: seq=3 time=1.50 ms through WireGuard");
     }
 
     fn seen(lines: &[Value]) -> Seen {

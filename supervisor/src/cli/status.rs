@@ -116,6 +116,13 @@ impl View {
         agents
     }
 
+    /// The agents in running workspaces, with their names.
+    pub(crate) fn expected_agents(&self) -> Vec<(Uuid, String)> {
+        let agents = self.agents();
+        let expected = agents.iter().filter(|view| view.is_expected());
+        expected.filter_map(|view| Some((Uuid::from_slice(&view.agent.id).ok()?, view.name()))).collect()
+    }
+
     /// The names of agents in running workspaces that have not answered a ping yet.
     pub(crate) fn silent_agents(&self) -> Vec<String> {
         let silent = |view: &AgentView<'_>| view.is_expected() && view.agent.last_ping.is_none();

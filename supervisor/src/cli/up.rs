@@ -3,11 +3,17 @@
 use std::time::Duration;
 
 use secrecy::ExposeSecret;
-use tokio::time::Instant;
+use tokio::{
+    task::JoinSet,
+    time::{Instant, sleep, timeout_at},
+};
+use uuid::Uuid;
 use warren_proto::vpn;
 
 use super::{
-    Reach, credentials,
+    Reach,
+    api::Api,
+    credentials,
     exit::{CliError, Exit, Outcome, printable},
     legb::ServiceClient,
     status::View,
@@ -18,14 +24,14 @@ Examples:
   warren up
   warren up --wait --timeout 2m && warren status
 
-Without --wait it returns as soon as the tunnel is connected to the deployment; with it, when every
-agent of a running workspace has answered a ping.";
+Without --wait it returns as soon as the tunnel is connected to the deployment; with it, when packets
+get to every agent of a running workspace and back.";
 
 /// Connect to the deployment of the last login
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Also wait until every agent of a running workspace has answered
+    /// Also wait until packets get to every agent of a running workspace and back
     #[arg(long)]
     wait: bool,
     /// Give up waiting after this long; the service goes on
@@ -51,7 +57,8 @@ pub(crate) async fn run(reach: Reach, args: Args) -> Outcome {
         return Err(CliError::new(exit, answer.error_message));
     }
     if args.wait {
-        wait_for_agents(&mut service, deadline).await?;
+        let agents = wait_for_agents(&mut service, deadline).await?;
+        wait_for_packets(&Api::new(&reach), agents, deadline).await?;
     }
     eprintln!("Connected.");
     Ok(Exit::Ok)
@@ -74,7 +81,16 @@ fn exit_for(error: &str) -> Exit {
 /// knows nobody.
 const NOBODY_AFTER: Duration = Duration::from_secs(2);
 
-async fn wait_for_agents(service: &mut ServiceClient, deadline: Instant) -> Result<(), CliError> {
+/// Between two tries to ask.
+const PAUSE: Duration = Duration::from_millis(100);
+/// Agents that are asked at the same time whether packets get through: fewer than a tunnel serves.
+const ASKED_AT_ONCE: usize = 16;
+
+/// Waits until all agents that are expected answer pings. Returns their ids and names.
+async fn wait_for_agents(
+    service: &mut ServiceClient,
+    deadline: Instant,
+) -> Result<Vec<(Uuid, String)>, CliError> {
     let mut shown = usize::MAX;
     let mut view = View::new(service.status(deadline).await?);
     let nobody_at = Instant::now() + NOBODY_AFTER;
@@ -82,7 +98,7 @@ async fn wait_for_agents(service: &mut ServiceClient, deadline: Instant) -> Resu
         let waiting = view.silent_agents();
         let is_known = !view.agents().is_empty() || nobody_at <= Instant::now();
         if view.is_started() && waiting.is_empty() && is_known {
-            return Ok(());
+            return Ok(view.expected_agents());
         }
         if waiting.len() != shown && is_known {
             shown = waiting.len();
@@ -98,6 +114,64 @@ async fn wait_for_agents(service: &mut ServiceClient, deadline: Instant) -> Resu
             Err(_) if Instant::now() < deadline => continue,
             Err(_) => return Err(late()),
         };
+    }
+}
+
+/// Waits until packets get to these agents and back (tailnet-data 12.2). That they answer pings does not say it.
+async fn wait_for_packets(api: &Api, agents: Vec<(Uuid, String)>, deadline: Instant) -> Result<(), CliError> {
+    let (mut left, mut asked) = (agents.into_iter(), JoinSet::new());
+    let mut unreached = Vec::new();
+    loop {
+        while asked.len() < ASKED_AT_ONCE
+            && let Some((id, name)) = left.next()
+        {
+            let api = api.clone();
+            asked.spawn(async move {
+                let reached = timeout_at(deadline, get_through(&api, id)).await;
+                (name, reached.unwrap_or(Ok(false)))
+            });
+        }
+        match asked.join_next().await {
+            None => break,
+            Some(Ok((_, Ok(true)))) => {}
+            Some(Ok((name, Ok(false)))) => unreached.push(name),
+            Some(Ok((_, Err(error)))) => return Err(error),
+            Some(Err(error)) => return Err(CliError::failed(error)),
+        }
+    }
+    if unreached.is_empty() {
+        return Ok(());
+    }
+    unreached.sort();
+    let unreached = preview(&unreached);
+    let text = format!("connected, but no packets get to these agents and back: {unreached}");
+    Err(CliError::new(Exit::Timeout, text))
+}
+
+/// Asks an agent through WireGuard until it answers, or is none any more. Returns whether it did.
+async fn get_through(api: &Api, id: Uuid) -> Result<bool, CliError> {
+    loop {
+        let mut lines = match api.stream(&format!("/v1/ping/{id}?tsmp=true")).await {
+            Ok(lines) => lines,
+            Err(error) => match error.exit {
+                // Another tunnel program cannot be asked; that its agents answer has to do.
+                Exit::VersionMismatch => return Ok(true),
+                // The agent is gone: nobody to wait for.
+                Exit::Failed => return Ok(true),
+                // The tunnel is being restarted.
+                Exit::Unhealthy => {
+                    sleep(PAUSE).await;
+                    continue;
+                }
+                _ => return Err(error),
+            },
+        };
+        while let Some(line) = lines.next().await? {
+            if line.get("latency_seconds").is_some() {
+                return Ok(true);
+            }
+        }
+        sleep(PAUSE).await;
     }
 }
 

@@ -22,7 +22,7 @@ use warren_proto::{
     },
 };
 
-use super::{AgentPing, LinkError, QUEUE, Reader, Writer};
+use super::{AgentPing, LinkError, PingBy, QUEUE, Reader, Writer};
 
 /// Questions that wait for an answer at the same time.
 const MAX_OPEN: usize = 128;
@@ -115,10 +115,12 @@ impl LinkClient {
     pub async fn ping_agent(
         &self,
         agent: Uuid,
+        by: PingBy,
         limit: Duration,
     ) -> Result<Result<AgentPing, String>, LinkError> {
         let agent_id = agent.as_bytes().to_vec().into();
-        let question = Body::PingAgent(PingAgent { agent_id, limit: limit.try_into().ok() });
+        let tsmp = by == PingBy::Tsmp;
+        let question = Body::PingAgent(PingAgent { agent_id, limit: limit.try_into().ok(), tsmp });
         // The tunnel counts the limit itself; its word that there was no answer should still arrive.
         match self.ask(question, limit + Duration::from_secs(1)).await? {
             Body::PingResult(result) => ping(result),

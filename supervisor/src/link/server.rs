@@ -13,7 +13,7 @@ use warren_proto::link::{
     tree::Node,
 };
 
-use super::{AgentPing, LinkError, MAX_FRAME, QUEUE, Reader, Writer};
+use super::{AgentPing, LinkError, MAX_FRAME, PingBy, QUEUE, Reader, Writer};
 use crate::tree::NodeInfo;
 
 /// Pings of agents at the same time.
@@ -41,6 +41,7 @@ pub trait Answers: Send + Sync + 'static {
     fn ping(
         &self,
         agent: Uuid,
+        by: PingBy,
         limit: Duration,
     ) -> Pin<Box<dyn Future<Output = Result<AgentPing, String>> + Send>>;
 
@@ -141,11 +142,12 @@ impl Server {
     fn ping(&self, id: u64, request: PingAgent) -> Result<AbortOnDropHandle<()>, String> {
         let agent =
             Uuid::from_slice(&request.agent_id).map_err(|_| "the agent's id is malformed".to_owned())?;
+        let by = if request.tsmp { PingBy::Tsmp } else { PingBy::Disco };
         let permit = Arc::clone(&self.pings).try_acquire_owned();
         let permit = permit.map_err(|_| "too many pings at the same time".to_owned())?;
         let limit = request.limit.and_then(|limit| Duration::try_from(limit).ok());
         let limit = limit.unwrap_or(MAX_PING_LIMIT).min(MAX_PING_LIMIT);
-        let (ping, outgoing) = (self.answers.ping(agent, limit), self.outgoing.clone());
+        let (ping, outgoing) = (self.answers.ping(agent, by, limit), self.outgoing.clone());
         Ok(AbortOnDropHandle::new(tokio::spawn(async move {
             let _permit = permit;
             let outcome =

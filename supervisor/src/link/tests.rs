@@ -59,10 +59,14 @@ impl Answers for Oracle {
     fn ping(
         &self,
         agent: Uuid,
+        by: PingBy,
         _: Duration,
     ) -> Pin<Box<dyn Future<Output = Result<AgentPing, String>> + Send>> {
         Box::pin(async move {
             match agent {
+                AGENT if by == PingBy::Tsmp => {
+                    Ok(AgentPing { latency: Duration::from_millis(7), ..AgentPing::default() })
+                }
                 AGENT => Ok(AgentPing {
                     latency: Duration::from_millis(12),
                     direct: false,
@@ -107,9 +111,14 @@ async fn every_question_has_its_answer() {
     assert_eq!((tree[0].name.as_str(), tree[0].restarts, tree[0].mailbox_depth), ("relay", 2, 3));
     assert_eq!(tree[0].since.unwrap().seconds, 9);
     assert_eq!(tree[0].last_reason, "panic: oh [2J");
-    let ping = client.ping_agent(AGENT, SOON).await.unwrap().unwrap();
+    let ping = client.ping_agent(AGENT, PingBy::Disco, SOON).await.unwrap().unwrap();
     assert_eq!((ping.latency, ping.direct, ping.region.as_str()), (Duration::from_millis(12), false, "Lab"));
-    assert_eq!(client.ping_agent(Uuid::nil(), SOON).await, Ok(Err("no such agent".to_owned())));
+    assert_eq!(
+        client.ping_agent(Uuid::nil(), PingBy::Disco, SOON).await,
+        Ok(Err("no such agent".to_owned()))
+    );
+    let through = client.ping_agent(AGENT, PingBy::Tsmp, SOON).await.unwrap().unwrap();
+    assert_eq!(through.latency, Duration::from_millis(7));
     client.fault("relay", "panic", SOON).await.unwrap();
     client.liveness(SOON).await.unwrap();
     assert_eq!(*oracle.faults.lock().unwrap(), [("relay".to_owned(), "panic".to_owned())]);
@@ -119,7 +128,7 @@ async fn every_question_has_its_answer() {
 async fn a_ping_that_waits_delays_no_other_question_and_ends_with_its_limit() {
     let (client, _) = linked(Oracle::default()).await;
     let patient = client.clone();
-    let waiting = tokio::spawn(async move { patient.ping_agent(PATIENT, SOON).await });
+    let waiting = tokio::spawn(async move { patient.ping_agent(PATIENT, PingBy::Disco, SOON).await });
     tokio::task::yield_now().await;
     assert_eq!(client.liveness(SOON).await, Ok(()));
     assert_eq!(waiting.await.unwrap(), Ok(Err("no answer in time".to_owned())));
@@ -132,7 +141,7 @@ async fn more_pings_than_allowed_are_refused_at_once() {
     let mut pings = tokio::task::JoinSet::new();
     for _ in 0..40 {
         let client = client.clone();
-        pings.spawn(async move { client.ping_agent(PATIENT, SOON).await });
+        pings.spawn(async move { client.ping_agent(PATIENT, PingBy::Disco, SOON).await });
     }
     while let Some(result) = pings.join_next().await {
         refused += u32::from(result.unwrap() == Ok(Err("too many pings at the same time".to_owned())));

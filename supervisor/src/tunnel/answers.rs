@@ -19,6 +19,7 @@ use warren_core::{
     netcheck::{Mappings, Report},
     path::Direct,
     path_news,
+    roster::PingReport,
 };
 use warren_observability::{agents, exporter::Exporter, netcheck as netcheck_series, regions};
 use warren_proto::link::{
@@ -27,7 +28,7 @@ use warren_proto::link::{
 
 use super::TunnelArgs;
 use crate::{
-    link::{AgentPing, Answers},
+    link::{AgentPing, Answers, PingBy},
     tree::{NodeInfo, Tree},
 };
 
@@ -95,16 +96,28 @@ impl Answers for Own {
     fn ping(
         &self,
         agent: Uuid,
+        by: PingBy,
         limit: Duration,
     ) -> Pin<Box<dyn Future<Output = Result<AgentPing, String>> + Send>> {
         let pinger = self.net.get().as_ref().as_ref().map(|net| net.pinger.clone());
         Box::pin(async move {
             let pinger = pinger.ok_or("the tunnel is not started")?;
-            let question = |reply| pinger::Message::PingNow { agent, limit, reply };
-            let answer =
-                pinger.ask(limit + PING_MARGIN, question).await.map_err(|error| error.to_string())?;
-            let report = answer.map_err(|error| error.to_string())?;
-            Ok(AgentPing { latency: report.latency, direct: report.direct, region: report.region_name })
+            let wait = limit + PING_MARGIN;
+            match by {
+                PingBy::Disco => {
+                    let question = |reply| pinger::Message::PingNow { agent, limit, reply };
+                    let answer = pinger.ask(wait, question).await.map_err(|error| error.to_string())?;
+                    let PingReport { latency, direct, region_name, .. } =
+                        answer.map_err(|error| error.to_string())?;
+                    Ok(AgentPing { latency, direct, region: region_name })
+                }
+                PingBy::Tsmp => {
+                    let question = |reply| pinger::Message::Reach { agent, limit, reply };
+                    let answer = pinger.ask(wait, question).await.map_err(|error| error.to_string())?;
+                    let latency = answer.map_err(|error| error.to_string())?;
+                    Ok(AgentPing { latency, ..AgentPing::default() })
+                }
+            }
         })
     }
 

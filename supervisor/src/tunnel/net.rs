@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use warren_actors::{
     coordinator::{ControlMemory, Coordinator},
-    data_plane::{DataPlane, DataPlaneConfig, Events, LinkChange, PathChange, Pong, StunAnswer},
+    data_plane::{DataPlane, DataPlaneConfig, Events, LinkChange, PathChange, Pong, StunAnswer, TsmpPong},
     dial::Dialer,
     facts::{Addresses, Boot, HostState, Identity, Net, NetworkOwner},
     packet_io::PacketIo,
@@ -178,6 +178,10 @@ struct Ears(Addresses);
 impl Events for Ears {
     fn pong(&self, pong: Pong) {
         let _ = self.0.pinger.try_send(pinger::Message::Pong(pong));
+    }
+
+    fn tsmp_pong(&self, pong: TsmpPong) {
+        let _ = self.0.pinger.try_send(pinger::Message::TsmpPong(pong));
     }
 
     fn link_changed(&self, region: RegionId, change: LinkChange) {

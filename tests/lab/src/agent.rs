@@ -166,6 +166,10 @@ impl Agent {
         self.core.lock().public()
     }
 
+    pub(crate) fn shut(&self, is_shut: bool) {
+        self.core.lock().shut(is_shut);
+    }
+
     pub(crate) fn mute(&self, is_mute: bool) {
         self.core.lock().mute(is_mute);
     }

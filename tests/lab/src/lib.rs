@@ -418,6 +418,15 @@ impl Lab {
         }
     }
 
+    /// Has an agent lose what comes out of its tunnel, or ends that: it shakes hands and answers probes as before.
+    pub fn shut_tunnel(&self, id: Uuid, is_shut: bool) {
+        if let Some(agent) =
+            lock(&self.agents).iter().find(|slot| slot.id == id).and_then(|slot| slot.running.as_ref())
+        {
+            agent.shut(is_shut);
+        }
+    }
+
     /// Which ways an agent's packets take; nothing is told of one that does not run or talks over its relay only.
     #[must_use]
     pub fn agent_path(&self, id: Uuid) -> AgentPath {

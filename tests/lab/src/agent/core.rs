@@ -73,6 +73,7 @@ pub(super) struct Core {
     out: BytesMut,
     buffer: Vec<u8>,
     is_mute: bool,
+    is_shut: bool,
     /// Of an agent that talks directly, too.
     direct: Option<DirectCore>,
     counters: Arc<Counters>,
@@ -114,6 +115,7 @@ impl Core {
             out: BytesMut::new(),
             buffer: Vec::new(),
             is_mute: false,
+            is_shut: false,
             direct,
             counters,
         }
@@ -134,6 +136,11 @@ impl Core {
     /// Has its home in another region from now on.
     pub(super) fn move_to(&mut self, region: u16) {
         self.region = region;
+    }
+
+    /// Loses what comes out of the tunnel, or ends that.
+    pub(super) fn shut(&mut self, is_shut: bool) {
+        self.is_shut = is_shut;
     }
 
     /// Makes the agent deaf and dumb inside the tunnel: packets and probes are swallowed.
@@ -378,7 +385,7 @@ impl Core {
     fn inner(&mut self, from: NodePublic, packet: &[u8], now: Instant) {
         let Some((source, destination, next)) = small::ipv6(packet) else { return };
         let is_theirs = self.peers.get(&from).is_some_and(|peer| peer.addresses.contains(&source));
-        if !is_theirs || !self.addresses.contains(&destination) {
+        if self.is_shut || !is_theirs || !self.addresses.contains(&destination) {
             return;
         }
         count(&self.counters.received_bytes, packet.len());
