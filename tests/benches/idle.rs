@@ -3,7 +3,7 @@
 //! the deployment says so. Agents, relay and tunnel share this machine.
 //!
 //! ```sh
-//! cargo bench --bench idle                              # about two minutes
+//! cargo bench --bench idle                              # about seven minutes
 //! cargo bench --bench idle -- --agents 100 --seconds 30
 //! ```
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a bench")]
@@ -22,15 +22,15 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use support::{Deployment, ServiceProcess, within};
 use warren_lab::{Cut, LabOptions, Probes};
 
-/// Until everybody is known, pinged and as they are to stay.
-const SETTLED: Duration = Duration::from_secs(20);
+/// Until everybody is known, pinged and as they are to stay, those that are looked for in vain rarely.
+const SETTLED: Duration = Duration::from_secs(40);
 /// For so many agents to have their sessions.
 const UP: Duration = Duration::from_secs(60);
 
 /// A second: the pings of the pinger, and WireGuard's keepalives.
 const PINGED: f64 = 0.2;
 const KEEPALIVES: f64 = 1.0 / 25.0;
-/// Probes beyond the pinger's that one agent may cost in a second, each way.
+/// Probes beyond the pinger's that one agent may cost in a second, both ways together.
 const MOST: f64 = 1.0;
 
 /// How the agents are reached.
@@ -97,6 +97,7 @@ fn idle(agents: usize, reached: Reached, span: Duration) {
             Reached::RelayedByPolicy => "relayed, direct paths forbidden",
         }
     );
+    let mut beyond = 0.0;
     for (way, before, after) in [("to", before.0, after.0), ("from", before.1, after.1)] {
         let each = |count: fn(&Probes) -> u64| (count(&after) - count(&before)) as f64 / agents as f64 / took;
         let all = each(|it| it.pings + it.relayed_pings + it.pongs + it.calls);
@@ -109,8 +110,9 @@ fn idle(agents: usize, reached: Reached, span: Duration) {
             each(|it| it.calls),
             (all + KEEPALIVES) * agents as f64
         );
-        assert!(all - PINGED <= MOST, "more than one a second beyond the ping every 5 s");
+        beyond += all - PINGED;
     }
+    assert!(beyond <= MOST, "{beyond:.2} probes a second beyond the ping every 5 s");
     println!(
         "  tunnel: {:.2} % of a core, {}; {until_then:.2} CPU s until all were reached",
         100.0 * cpu / took,

@@ -73,14 +73,16 @@ fn their_agent_and_our_tunnel_are_direct_at_once_and_both_say_so() {
 #[test]
 fn their_agent_and_our_tunnel_are_direct_on_one_lan() {
     if has_program("our tunnel and their agent on one network") {
-        isolated(|| meets_on(|internet| [lan(internet, Kind::PortRestricted, 1); 2]));
+        isolated(|| meets_on("one network", |internet| [lan(internet, Kind::PortRestricted, 1); 2]));
     }
 }
 
 #[test]
 fn their_agent_and_our_tunnel_are_direct_through_full_cones() {
     if has_program("our tunnel and their agent behind full cones") {
-        isolated(|| meets_on(|internet| [1, 2].map(|number| lan(internet, Kind::FullCone, number))));
+        isolated(|| {
+            meets_on("full cones", |internet| [1, 2].map(|number| lan(internet, Kind::FullCone, number)));
+        });
     }
 }
 
@@ -88,7 +90,9 @@ fn their_agent_and_our_tunnel_are_direct_through_full_cones() {
 fn their_agent_and_our_tunnel_are_direct_through_a_symmetric_translator_of_ours() {
     if has_program("our tunnel behind a symmetric translator, and their agent") {
         isolated(|| {
-            meets_on(|internet| [lan(internet, Kind::Symmetric, 1), lan(internet, Kind::Restricted, 2)]);
+            meets_on("a symmetric translator of ours", |internet| {
+                [lan(internet, Kind::Symmetric, 1), lan(internet, Kind::Restricted, 2)]
+            });
         });
     }
 }
@@ -97,7 +101,9 @@ fn their_agent_and_our_tunnel_are_direct_through_a_symmetric_translator_of_ours(
 fn their_agent_and_our_tunnel_are_direct_through_a_symmetric_translator_of_theirs() {
     if has_program("our tunnel, and their agent behind a symmetric translator") {
         isolated(|| {
-            meets_on(|internet| [lan(internet, Kind::Restricted, 1), lan(internet, Kind::Symmetric, 2)]);
+            meets_on("a symmetric translator of theirs", |internet| {
+                [lan(internet, Kind::Restricted, 1), lan(internet, Kind::Symmetric, 2)]
+            });
         });
     }
 }
@@ -241,7 +247,7 @@ fn lan(internet: &Internet, kind: Kind, number: u8) -> SiteId {
 
 /// Our tunnel is on the first of two networks and their agent on the second, and everybody else in the world
 /// (tailnet-data 20.2, row 5).
-fn meets_on(sites: impl Fn(&Internet) -> [SiteId; 2]) {
+fn meets_on(what: &str, sites: impl Fn(&Internet) -> [SiteId; 2]) {
     let mut internet = Internet::start().unwrap();
     let world = internet.add_site();
     internet.add_ourselves(world, &[WORLD]).unwrap();
@@ -270,6 +276,7 @@ fn meets_on(sites: impl Fn(&Internet) -> [SiteId; 2]) {
     let before = scene.agent.wireguard_over_udp();
     transfer.has_moved_on();
     assert!(scene.agent.wireguard_over_udp() > before + 10, "data goes straight");
+    scene.has_not_restarted();
 }
 
 /// Only one such loss a scene: after a second in a minute we stay on the relay for longer, on purpose.
