@@ -105,10 +105,13 @@ fn up_waits_until_packets_get_through_and_says_to_whom_they_do_not() {
     let service = ServiceProcess::start();
     let (url, token) = deployment.access();
     service.pretend_login(&url, &token);
-    let up = service.warren(&["up", "--wait", "--timeout", "3s"]);
+    assert!(service.warren(&["up"]).status.success());
+    let answers = || service.warren(&["ping", "main.lab-1", "--count", "1"]).status.success();
+    within(TOLD, "it answers pings", answers);
+    let up = service.warren(&["up", "--wait", "--timeout", "7s"]);
     assert_eq!(up.status.code(), Some(7), "{}", stderr(&up));
     assert!(stderr(&up).contains("no packets get to these agents and back: lab-1.main"), "{}", stderr(&up));
-    assert!(service.warren(&["ping", "main.lab-1", "--count", "1"]).status.success());
+    assert!(answers());
     let through = || service.warren(&["ping", "main.lab-1", "--tsmp", "--count", "1"]);
     assert_eq!(through().status.code(), Some(6));
 

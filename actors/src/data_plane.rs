@@ -393,7 +393,7 @@ impl DataPlane {
     }
 
     /// Sends a ping to a peer through WireGuard, by the way that its packets go (tailnet-data 12.2). The answer goes to
-    /// [`Events::tsmp_pong`]. Without a session it waits for one, as packets do.
+    /// [`Events::tsmp_pong`]. Without a session it is lost, and one is begun.
     pub fn send_tsmp_ping(&self, peer: &NodePublic, data: tsmp::Data) -> Result<(), PingUnsent> {
         let peer = self.plane.peers.by_key(peer).ok_or(PingUnsent::UnknownPeer)?;
         let to = peer.settings().addresses.first().copied().ok_or(PingUnsent::UnknownPeer)?;
@@ -566,7 +566,7 @@ impl Plane {
             })
         };
         if let Some(message) = message.and_then(|len| out.get(..len))
-            && !self.send(peer, message)
+            && self.send(peer, message).is_none()
         {
             peer.set_cold();
         }

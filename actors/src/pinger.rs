@@ -374,7 +374,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_asks_whether_packets_get_through_hears_it_of_the_agents_own_answer() {
+    async fn who_asks_whether_packets_get_through_hears_why_there_is_no_answer() {
         let mut setting = Setting::new().await;
         let agent = Uuid::from_u128(1);
         let (reply, nobody) = oneshot::channel();

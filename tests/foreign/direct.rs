@@ -265,10 +265,7 @@ fn meets_on(what: &str, sites: impl Fn(&Internet) -> [SiteId; 2]) {
     let mut scene = Scene::of(service, deployment, agent);
     scene.agent.program.wait(is_direct);
     let took = scene.agent.between(|event| event["event"] == "knows", is_direct);
-    figure(&format!(
-        "their agent is direct across networks {} ms after it has heard of us",
-        took.as_millis()
-    ));
+    figure(&format!("{what}: their agent is direct {} ms after it has heard of us", took.as_millis()));
     assert!(took < FOUND, "{took:?}");
     within(TAKEN, "ours is direct", || scene.ping().contains("path=direct"));
     let echoes = scene.agent.echoes_at();

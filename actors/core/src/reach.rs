@@ -32,6 +32,7 @@ struct Series<W> {
     until: Instant,
     /// The pings that may still be answered.
     sent: Vec<(Data, Instant)>,
+    has_begun: bool,
     next: Instant,
     pauses: Backoff,
     reply: W,
@@ -67,7 +68,8 @@ impl<W> Reaching<W> {
         }
         let (floor, cap) = PAUSES;
         let pauses = Backoff::new(floor, cap, FACTOR, JITTER);
-        self.all.push(Series { agent, peer, until, sent: Vec::new(), next: now, pauses, reply });
+        let sent = Vec::new();
+        self.all.push(Series { agent, peer, until, sent, has_begun: false, next: now, pauses, reply });
         Ok(())
     }
 
@@ -96,8 +98,8 @@ impl<W> Reaching<W> {
         let mut pings = Vec::new();
         for series in self.all.iter_mut().filter(|series| series.next <= now) {
             series.sent.retain(|(_, at)| now.saturating_duration_since(*at) < VALID);
-            let is_first = series.sent.is_empty();
-            for _ in 0..if is_first { 2 } else { 1 } {
+            let had_begun = std::mem::replace(&mut series.has_begun, true);
+            for _ in 0..if had_begun { 1 } else { 2 } {
                 let data = data();
                 series.sent.push((data, now));
                 pings.push((series.peer, data));

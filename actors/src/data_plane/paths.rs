@@ -171,8 +171,8 @@ impl Plane {
         }
     }
 
-    /// Sends what an engine made of itself. Returns whether it is on its way.
-    pub(super) fn send(&self, peer: &Peer, message: &[u8]) -> bool {
+    /// Sends a message of WireGuard. Returns which way it goes, if it goes any.
+    pub(super) fn send(&self, peer: &Peer, message: &[u8]) -> Option<Way> {
         let route = self.route(peer, Instant::now());
         let direct = route.direct.map(|to| {
             let sent = self.send_directly(to, message);
@@ -183,29 +183,40 @@ impl Plane {
         });
         let relayed =
             route.relay && self.edge(peer).is_some_and(|link| link.send(&peer.key, message).is_ok());
-        relayed || direct == Some(true)
+        match direct {
+            Some(true) => Some(Way::Direct),
+            _ => relayed.then_some(Way::Relay),
+        }
     }
 
-    /// Seals an inner packet of our own and sends it.
+    /// Seals an inner packet of our own and sends it. Without a session it is lost, and one is begun.
     pub(super) fn send_inner(&self, peer: &Peer, mut packet: Vec<u8>) {
-        let (len, now, mut tally) = (packet.len(), Instant::now(), Tally::default());
+        let (len, mut tally) = (packet.len(), Tally::default());
         packet.resize(padded(len), 0);
         let mut sealed = vec![0; seal_room(len)];
-        let outcome = peer.engine().seal(now, &packet, &mut sealed);
-        let send = |len: usize| sealed.get(..len).is_some_and(|message| self.send(peer, message));
+        let outcome = {
+            let mut engine = peer.engine();
+            engine.has_session().then(|| engine.seal(Instant::now(), &packet, &mut sealed))
+        };
+        let send = |len: usize| self.send(peer, sealed.get(..len)?);
         match outcome {
-            Sealed::Data(sealed) if send(sealed) => {
-                let way = if self.route(peer, now).direct.is_some() { Way::Direct } else { Way::Relay };
-                tally.sent.by(way).add(len);
-                let mut sent = Amount::default();
-                sent.add(len);
-                peer.count(Amount::default(), sent);
+            None => self.warm(peer),
+            Some(Sealed::Data(sealed)) => match send(sealed) {
+                Some(way) => {
+                    tally.sent.by(way).add(len);
+                    let mut sent = Amount::default();
+                    sent.add(len);
+                    peer.count(Amount::default(), sent);
+                }
+                None => tally.drop(Drop::NoLink),
+            },
+            Some(Sealed::Handshake(sealed)) => {
+                if send(sealed).is_none() {
+                    peer.set_cold();
+                }
             }
-            Sealed::Handshake(sealed) if send(sealed) => {}
-            Sealed::Data(_) => tally.drop(Drop::NoLink),
-            // It waits for the session, whose beginning is repeated.
-            Sealed::Handshake(_) | Sealed::Waiting => {}
-            Sealed::Refused => tally.drop(Drop::Unsealed),
+            Some(Sealed::Waiting) => {}
+            Some(Sealed::Refused) => tally.drop(Drop::Unsealed),
         }
         self.counters.add(&tally);
     }

@@ -30,6 +30,9 @@ pub(crate) type Routes = HashMap<Ipv6Addr, Arc<Peer>>;
 /// With the session number that completes it, a receiver index would stand where STUN has its magic cookie.
 const LOOKS_LIKE_STUN: u32 = 0x42_a412;
 
+/// More answers than this nobody hears at once.
+const MAX_TSMP_ASKED: u32 = 64;
+
 /// One peer. Its engine lives as long as both of its keys stay.
 pub(crate) struct Peer {
     /// Its WireGuard key and name at relays.
@@ -45,7 +48,7 @@ pub(crate) struct Peer {
     learned: AtomicU16,
     /// A handshake could not be sent; to be started when there is a link.
     cold: AtomicBool,
-    /// Pings through WireGuard that it may still answer.
+    /// Pings through WireGuard that it may still answer, [`MAX_TSMP_ASKED`] at most: it may have lost them.
     tsmp_asked: AtomicU32,
     received_bytes: AtomicU64,
     sent_bytes: AtomicU64,
@@ -149,7 +152,9 @@ impl Peer {
 
     /// It is asked through WireGuard.
     pub(crate) fn ask_tsmp(&self) {
-        self.tsmp_asked.fetch_add(1, Ordering::Relaxed);
+        let asked = |asked: u32| Some((asked + 1).min(MAX_TSMP_ASKED));
+        // It cannot fail.
+        let _ = self.tsmp_asked.fetch_update(Ordering::Relaxed, Ordering::Relaxed, asked);
     }
 
     /// It answers such a question. Returns whether there was one for each answer: nobody is kept busy by others.

@@ -122,7 +122,7 @@ pub(super) async fn status(State(shared): State<Arc<Shared>>) -> Json<Value> {
 /// How the world sees the tunnel, and how far the relays are, as it looked last.
 pub(super) async fn netcheck(State(shared): State<Arc<Shared>>) -> Result<Json<Value>, Refusal> {
     let status = tunnel_status(&shared).await;
-    let status = status.ok_or_else(|| why_not(&shared.service.tunnel.get()))?;
+    let status = status.ok_or_else(|| why_not(&shared))?;
     let netcheck = status.netcheck.ok_or_else(|| {
         Refusal::unavailable("the tunnel has not looked yet; try again in a moment".to_owned())
     })?;

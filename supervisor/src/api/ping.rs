@@ -19,7 +19,7 @@ use super::{
     look::{line, lines},
     resolve::resolve,
 };
-use crate::{facts::TunnelState, link::PingBy};
+use crate::link::PingBy;
 
 /// How long one answer is waited for.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -50,7 +50,7 @@ pub(super) async fn ping(
 ) -> Result<Response, Refusal> {
     let Query(times) = times.map_err(|error| Refusal::bad_request(error.body_text()))?;
     if shared.service.link.get().is_none() {
-        return Err(why_not(&shared.service.tunnel.get()));
+        return Err(why_not(&shared));
     }
     let agent = resolve(&shared.service.peers.get(), &called).map_err(Refusal::not_found)?;
     let left = times.count.clamp(1, MAX_COUNT);
@@ -63,14 +63,17 @@ pub(super) async fn ping(
 }
 
 /// Why no tunnel can be asked.
-pub(super) fn why_not(tunnel: &TunnelState) -> Refusal {
+pub(super) fn why_not(shared: &Shared) -> Refusal {
+    let tunnel = shared.service.tunnel.get();
+    let running = shared.service.running.get();
     let words = match tunnel.lifecycle {
         _ if !tunnel.error.is_empty() => format!("there is no tunnel: {}", tunnel.error),
         Lifecycle::Starting => "the tunnel is only starting; try again in a moment".to_owned(),
         Lifecycle::Stopping => "the tunnel is being stopped".to_owned(),
-        Lifecycle::Started => {
+        Lifecycle::Started if running.as_ref().as_ref().is_some_and(|it| it.link().is_none()) => {
             return Refusal::unsupported("the tunnel cannot be asked: it is another program than ours");
         }
+        Lifecycle::Started => "the tunnel did not answer in time; try again in a moment".to_owned(),
         Lifecycle::Stopped | Lifecycle::Unknown => "there is no tunnel: run `warren up` first".to_owned(),
     };
     Refusal::unavailable(words)

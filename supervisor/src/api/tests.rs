@@ -408,7 +408,7 @@ async fn a_ping_while_the_tunnel_is_not_there_says_why() {
     for (lifecycle, error, expected, words) in [
         (vpn::status::Lifecycle::Stopped, "the token was refused", 503, "the token was refused"),
         (vpn::status::Lifecycle::Starting, "", 503, "only starting"),
-        (vpn::status::Lifecycle::Started, "", 501, "another program"),
+        (vpn::status::Lifecycle::Started, "", 503, "did not answer in time"),
     ] {
         tunnel.set(TunnelState { lifecycle, error: error.into(), ..Default::default() });
         let (status, body) = bench.get("/v1/ping/dev.main").await;

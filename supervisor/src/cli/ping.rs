@@ -35,7 +35,7 @@ pub(crate) struct Args {
     /// Stop at the first answer over a direct path
     #[arg(long)]
     until_direct: bool,
-    /// Ask through WireGuard, which shows that packets get there and back, whichever way they go
+    /// Ask through WireGuard, up to 5 s each time, which shows that packets get there and back, whichever way they go
     #[arg(long, conflicts_with = "until_direct")]
     tsmp: bool,
     /// One JSON object a line, without a summary
@@ -69,7 +69,7 @@ pub(crate) async fn run(reach: Reach, args: Args) -> Outcome {
         }
     };
     if !args.json && seen.sent > 0 {
-        say(seen.summary())?;
+        say(seen.summary(args.tsmp))?;
     }
     outcome?;
     if seen.latencies.count == 0 {
@@ -169,10 +169,14 @@ impl Seen {
         }
     }
 
-    fn summary(&self) -> String {
+    fn summary(&self, are_series: bool) -> String {
         let Latencies { count, sum, of_squares, least, most } = self.latencies;
         let lost = 100.0 * (1.0 - count as f64 / self.sent as f64);
-        let answered = format!("{} sent, {count} answered, {lost:.0} % lost", self.sent);
+        let answered = match are_series {
+            // Of the pings of a series nobody knows how many got lost.
+            true => format!("asked {} times, {count} answered", self.sent),
+            false => format!("{} sent, {count} answered, {lost:.0} % lost", self.sent),
+        };
         if count == 0 {
             return answered;
         }
@@ -202,7 +206,7 @@ mod tests {
     #[test]
     fn the_summary_of_silence_claims_no_latency() {
         assert_eq!(
-            seen(&[json!({"error": "x"}), json!({}), json!({})]).summary(),
+            seen(&[json!({"error": "x"}), json!({}), json!({})]).summary(false),
             "3 sent, 0 answered, 100 % lost"
         );
     }
@@ -211,7 +215,7 @@ mod tests {
     fn the_summary_counts_what_was_answered() {
         let lines = [json!({"latency_seconds": 0.001}), json!({}), json!({"latency_seconds": 0.003})];
         let expected = "3 sent, 2 answered, 33 % lost, min/avg/max/dev = 1.00/2.00/3.00/1.00 ms";
-        assert_eq!(seen(&lines).summary(), expected);
+        assert_eq!(seen(&lines).summary(false), expected);
     }
 
     #[test]

@@ -91,6 +91,11 @@ impl View {
         self.status.lifecycle() == Lifecycle::Started
     }
 
+    /// Whether nothing runs, and nothing is about to.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.status.lifecycle() == Lifecycle::Stopped
+    }
+
     /// The lifecycle in lower case.
     pub(crate) fn lifecycle(&self) -> &'static str {
         self.status.lifecycle().label()

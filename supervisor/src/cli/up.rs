@@ -1,6 +1,9 @@
 //! `warren up`: hand the token to the service and wait until the tunnel has answered.
 
-use std::time::Duration;
+use std::{
+    collections::{BTreeSet, VecDeque},
+    time::Duration,
+};
 
 use secrecy::ExposeSecret;
 use tokio::{
@@ -58,7 +61,7 @@ pub(crate) async fn run(reach: Reach, args: Args) -> Outcome {
     }
     if args.wait {
         let agents = wait_for_agents(&mut service, deadline).await?;
-        wait_for_packets(&Api::new(&reach), agents, deadline).await?;
+        wait_for_packets(&Api::new(&reach), &mut service, agents, deadline).await?;
     }
     eprintln!("Connected.");
     Ok(Exit::Ok)
@@ -81,8 +84,8 @@ fn exit_for(error: &str) -> Exit {
 /// knows nobody.
 const NOBODY_AFTER: Duration = Duration::from_secs(2);
 
-/// Between two tries to ask.
-const PAUSE: Duration = Duration::from_millis(100);
+/// Before an agent that did not answer is asked again.
+const PAUSE: Duration = Duration::from_millis(500);
 /// Agents that are asked at the same time whether packets get through: fewer than a tunnel serves.
 const ASKED_AT_ONCE: usize = 16;
 
@@ -117,62 +120,86 @@ async fn wait_for_agents(
     }
 }
 
-/// Waits until packets get to these agents and back (tailnet-data 12.2). That they answer pings does not say it.
-async fn wait_for_packets(api: &Api, agents: Vec<(Uuid, String)>, deadline: Instant) -> Result<(), CliError> {
-    let (mut left, mut asked) = (agents.into_iter(), JoinSet::new());
-    let mut unreached = Vec::new();
-    loop {
-        while asked.len() < ASKED_AT_ONCE
-            && let Some((id, name)) = left.next()
-        {
-            let api = api.clone();
-            asked.spawn(async move {
-                let reached = timeout_at(deadline, get_through(&api, id)).await;
-                (name, reached.unwrap_or(Ok(false)))
-            });
-        }
-        match asked.join_next().await {
-            None => break,
-            Some(Ok((_, Ok(true)))) => {}
-            Some(Ok((name, Ok(false)))) => unreached.push(name),
-            Some(Ok((_, Err(error)))) => return Err(error),
-            Some(Err(error)) => return Err(CliError::failed(error)),
-        }
-    }
-    if unreached.is_empty() {
-        return Ok(());
-    }
-    unreached.sort();
-    let unreached = preview(&unreached);
-    let text = format!("connected, but no packets get to these agents and back: {unreached}");
-    Err(CliError::new(Exit::Timeout, text))
+/// What came of asking an agent once.
+enum Asked {
+    Reached,
+    /// No answer in time.
+    Silent,
+    /// Another tunnel program cannot be asked; that its agents answer has to do.
+    Impossible,
+    /// The service could not say: the tunnel may be on its way, or the agent gone.
+    Unclear(CliError),
 }
 
-/// Asks an agent through WireGuard until it answers, or is none any more. Returns whether it did.
-async fn get_through(api: &Api, id: Uuid) -> Result<bool, CliError> {
+/// Waits until packets get to these agents and back (tailnet-data 12.2). That they answer pings does not say it. Each is
+/// asked in its turn.
+async fn wait_for_packets(
+    api: &Api,
+    service: &mut ServiceClient,
+    agents: Vec<(Uuid, String)>,
+    deadline: Instant,
+) -> Result<(), CliError> {
+    let mut left: BTreeSet<String> = agents.iter().map(|(_, name)| name.clone()).collect();
+    let (mut queue, mut asked, mut silent) = (VecDeque::from(agents), JoinSet::new(), BTreeSet::new());
+    let mut unclear = None;
     loop {
-        let mut lines = match api.stream(&format!("/v1/ping/{id}?tsmp=true")).await {
-            Ok(lines) => lines,
-            Err(error) => match error.exit {
-                // Another tunnel program cannot be asked; that its agents answer has to do.
-                Exit::VersionMismatch => return Ok(true),
-                // The agent is gone: nobody to wait for.
-                Exit::Failed => return Ok(true),
-                // The tunnel is being restarted.
-                Exit::Unhealthy => {
-                    sleep(PAUSE).await;
-                    continue;
-                }
-                _ => return Err(error),
-            },
+        while asked.len() < ASKED_AT_ONCE
+            && let Some(agent) = queue.pop_front()
+        {
+            let api = api.clone();
+            asked.spawn(async move { (ask(&api, agent.0).await, agent) });
+        }
+        let (outcome, agent) = match timeout_at(deadline, asked.join_next()).await {
+            Ok(None) => return Ok(()),
+            Ok(Some(joined)) => joined.map_err(CliError::failed)?,
+            Err(_) => {
+                let left = preview(&left.into_iter().collect::<Vec<_>>());
+                let text = format!("connected, but no packets get to these agents and back: {left}");
+                let late = CliError::new(Exit::Timeout, text);
+                return Err(unclear.filter(|_| silent.is_empty()).unwrap_or(late));
+            }
         };
-        while let Some(line) = lines.next().await? {
-            if line.get("latency_seconds").is_some() {
-                return Ok(true);
+        match outcome {
+            Asked::Reached => drop(left.remove(&agent.1)),
+            Asked::Impossible => return Ok(()),
+            Asked::Silent => {
+                if silent.insert(agent.1.clone()) {
+                    eprintln!("  waiting for packets from {}", printable(&agent.1));
+                }
+                queue.push_back(agent);
+            }
+            Asked::Unclear(error) => {
+                let view = View::new(service.status(deadline).await?);
+                if view.is_stopped() {
+                    return Err(CliError::new(Exit::Unhealthy, view.error()));
+                }
+                let expected = view.expected_agents();
+                if !view.is_started() || expected.is_empty() || expected.contains(&agent) {
+                    unclear = Some(error);
+                    queue.push_back(agent);
+                } else {
+                    left.remove(&agent.1);
+                }
             }
         }
-        sleep(PAUSE).await;
     }
+}
+
+/// Asks an agent through WireGuard, for some seconds.
+async fn ask(api: &Api, id: Uuid) -> Asked {
+    let answer = async {
+        let mut lines = api.stream(&format!("/v1/ping/{id}?tsmp=true")).await?;
+        lines.next().await
+    };
+    let unclear = match answer.await {
+        Ok(Some(line)) if line.get("latency_seconds").is_some() => return Asked::Reached,
+        Ok(_) => Asked::Silent,
+        Err(error) if error.exit == Exit::VersionMismatch => return Asked::Impossible,
+        Err(error) => Asked::Unclear(error),
+    };
+    // An answer of the service's own may come at once.
+    sleep(PAUSE).await;
+    unclear
 }
 
 fn preview(names: &[String]) -> String {

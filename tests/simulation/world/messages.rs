@@ -105,7 +105,7 @@ impl World {
         }
         match to {
             Some(address) => assert!(self.answers(id, address), "{id:?} takes {address}, which is dead"),
-            None if why == Why::Forbidden => {}
+            None if why == Why::Forbidden || !self.loses_nothing_by_chance() => {}
             None => {
                 let was_dead = !from.is_some_and(|from| self.answers(id, from));
                 let carries = self.peers[id.0].relay.carries();
@@ -115,7 +115,7 @@ impl World {
     }
 
     /// Whether the largest probe of a peer, sent to an address now, would be answered, by chance or always.
-    fn answers(&self, id: PeerId, address: SocketAddr) -> bool {
+    pub(crate) fn answers(&self, id: PeerId, address: SocketAddr) -> bool {
         let one = &self.peers[id.0];
         let Some((host, at, seen)) = self.network.reached(self.now, one.host, one.port, address) else {
             return false;
