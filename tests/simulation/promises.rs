@@ -21,7 +21,7 @@ const SPARSE: u64 = 1000;
 const BUSY: u64 = 20;
 const SEEDS: u64 = 4;
 /// Two alarms within a minute bar the direct way, for so long at most (tailnet-data 7.12).
-const LONGEST_BAR: Duration = Duration::from_secs(60);
+pub(crate) const LONGEST_BAR: Duration = Duration::from_secs(60);
 
 /// Ten minutes in which chance takes so many of a thousand datagrams in each direction, again and again.
 fn lossy_worlds(per_thousand: u32, pause: u64) -> impl Iterator<Item = World> {

@@ -88,6 +88,8 @@ pub(crate) struct Seen {
     pub(crate) busiest_second: Vec<u64>,
     /// Whenever a peer of ours took another way: when, and which address; none is the relay.
     pub(crate) changes: Vec<(Instant, PeerId, Option<SocketAddr>)>,
+    /// When each let direct paths be last, since they flapped.
+    let_be_at: BTreeMap<PeerId, Instant>,
 }
 
 /// A world.

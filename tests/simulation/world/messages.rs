@@ -10,6 +10,7 @@ use super::{Event, Packet, RELAY_DELAY, World};
 use crate::{
     loss::Loss,
     peer::{Heard, Outgoing, Peer, PeerId, Said},
+    promises::LONGEST_BAR,
     tunnel::Message,
 };
 
@@ -100,31 +101,41 @@ impl World {
     /// no other instead of one that works.
     fn changed(&mut self, id: PeerId, from: Option<SocketAddr>, to: Option<SocketAddr>, why: Why) {
         self.seen.changes.push((self.now, id, to));
+        if why == Why::Flapping {
+            self.seen.let_be_at.insert(id, self.now);
+        }
         if self.now <= self.changed_at + STEADY_AFTER {
             return;
         }
         match to {
-            Some(address) => assert!(self.answers(id, address), "{id:?} takes {address}, which is dead"),
+            Some(address) => {
+                assert!(self.who_answers(id, address).is_some(), "{id:?} takes {address}, which is dead");
+            }
             None if why == Why::Forbidden || !self.loses_nothing_by_chance() => {}
             None => {
-                let was_dead = !from.is_some_and(|from| self.answers(id, from));
+                // Who lets direct paths be answers nobody.
+                let at = |other| self.seen.let_be_at.get(&other).copied();
+                let lets_be = |other| at(other).is_some_and(|at| self.now < at + LONGEST_BAR);
+                let other = from.and_then(|from| self.who_answers(id, from));
+                let was_dead = other.is_none_or(lets_be);
                 let carries = self.peers[id.0].relay.carries();
                 assert!(was_dead || carries, "{id:?} leaves {from:?} for a relay that is dead: {why:?}");
             }
         }
     }
 
-    /// Whether the largest probe of a peer, sent to an address now, would be answered, by chance or always.
-    pub(crate) fn answers(&self, id: PeerId, address: SocketAddr) -> bool {
+    /// Who would answer the largest probe of a peer that it sent to an address now, by chance or always.
+    pub(crate) fn who_answers(&self, id: PeerId, address: SocketAddr) -> Option<PeerId> {
         let one = &self.peers[id.0];
-        let Some((host, at, seen)) = self.network.reached(self.now, one.host, one.port, address) else {
-            return false;
+        let (host, at, seen) = self.network.reached(self.now, one.host, one.port, address)?;
+        let is_there = |id: &PeerId| {
+            let other = &self.peers[id.0];
+            other.host == host && other.port == at.port() && other.policy == Direct::Allowed
         };
-        let other = self.peers.iter().find(|it| it.host == host && it.port == at.port());
-        other.filter(|it| it.policy == Direct::Allowed).is_some_and(|it| {
-            let back = self.network.reached(self.now, it.host, it.port, seen);
-            back.is_some_and(|(host, at, _)| host == one.host && at.port() == one.port)
-        })
+        let id = self.ids().find(is_there)?;
+        let other = &self.peers[id.0];
+        let (host, at, _) = self.network.reached(self.now, other.host, other.port, seen)?;
+        (host == one.host && at.port() == one.port).then_some(id)
     }
 
     fn send(&mut self, from: PeerId, address: SocketAddr, to: PeerId, said: Said) {
