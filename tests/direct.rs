@@ -131,10 +131,7 @@ impl Scene {
     fn up(options: LabOptions) -> Self {
         let deployment = Deployment::with(LabOptions { agents: 1, direct: true, ..options });
         let service = ServiceProcess::start();
-        let (url, token) = deployment.access();
-        service.pretend_login(&url, &token);
-        let up = service.warren(&["up", "--wait"]);
-        assert!(up.status.success(), "{}", stderr(&up));
+        service.connect(&deployment);
         Self { deployment, service }
     }
 

@@ -279,10 +279,7 @@ impl Silent {
 
 impl State {
     fn set_alarm(&mut self, context: &Context<Message>) {
-        let due = self
-            .reaching
-            .poll_timeout()
-            .map_or(self.pings.poll_timeout(), |due| due.min(self.pings.poll_timeout()));
+        let due = self.reaching.poll_timeout().into_iter().fold(self.pings.poll_timeout(), Instant::min);
         self.alarm.set(context, Some(due), Message::Due);
     }
 }

@@ -31,7 +31,7 @@ use self::{
 use crate::{
     isolated::{add_address, bring_up, isolated, remove_address},
     program::has_program,
-    support::{self, Deployment, LIMIT, ServiceProcess, figure, signal, stderr, stdout, within},
+    support::{self, Deployment, LIMIT, ServiceProcess, figure, signal, stdout, within},
 };
 
 /// How soon both must have found each other (tailnet-data 20.2, row 5).
@@ -229,7 +229,7 @@ fn of_our_own_device_peers_are_told_no_address() {
         bring_up("lo");
         let deployment = Deployment::with(LabOptions { agents: 1, direct: true, ..LabOptions::default() });
         let service = ServiceProcess::start_configured("");
-        log_in(&service, &deployment);
+        service.connect(&deployment);
         add_address("warren0", OF_THE_DEVICE, 32);
         add_address("lo", PASSING, 32);
         let is_told = |address| endpoints(&deployment).iter().any(|endpoint| endpoint.ip() == address);
@@ -311,14 +311,6 @@ fn survives_blocked_udp(direction: &str) {
     scene.has_not_restarted();
 }
 
-/// Logs in and brings the tunnel up.
-fn log_in(service: &ServiceProcess, deployment: &Deployment) {
-    let (url, token) = deployment.access();
-    service.pretend_login(&url, &token);
-    let up = service.warren(&["up", "--wait"]);
-    assert!(up.status.success(), "{}{}", stderr(&up), service.log());
-}
-
 /// Where we are, as the coordinator knows it.
 fn endpoints(deployment: &Deployment) -> Vec<SocketAddr> {
     let control = deployment.control();
@@ -348,7 +340,7 @@ impl Scene {
 
     /// Brings the tunnel up.
     fn of(service: ServiceProcess, deployment: Deployment, agent: ForeignAgent) -> Self {
-        log_in(&service, &deployment);
+        service.connect(&deployment);
         Self { agent, service, deployment }
     }
 

@@ -12,7 +12,7 @@ use zbus::{Connection, Message, connection::Builder, zvariant::DynamicType};
 
 use crate::{
     isolated::{bring_up, isolated},
-    support::{self, Deployment, ServiceProcess, WARREN, eventually, skipped},
+    support::{Deployment, ServiceProcess, WARREN, eventually, skipped},
 };
 
 const NAME: &str = "org.freedesktop.login1";
@@ -32,10 +32,7 @@ fn the_end_of_a_sleep_is_heard_from_logind_and_from_nobody_else_and_by_a_bus_tha
         let mut warren = Command::new(WARREN);
         warren.env("DBUS_SYSTEM_BUS_ADDRESS", bus.address());
         let service = ServiceProcess::start_by(warren, "");
-        let (url, token) = deployment.access();
-        service.pretend_login(&url, &token);
-        let up = service.warren(&["up", "--wait"]);
-        assert!(up.status.success(), "{}\n{}", support::stderr(&up), service.log());
+        service.connect(&deployment);
         let count = |what: &str| service.log().matches(what).count();
         let told = || count("the machine has slept; the tunnel is told");
         eventually("the service listens", || count(LISTENS) == 1);

@@ -7,7 +7,7 @@ use std::{
 
 use serde_json::Value;
 
-use super::{Namespace, WARREN, body, eventually, process, signal, unix_get};
+use super::{Deployment, Namespace, WARREN, body, eventually, process, signal, stderr, unix_get};
 
 /// A `warren service` of its own.
 pub(crate) struct ServiceProcess {
@@ -127,6 +127,14 @@ impl ServiceProcess {
         std::fs::create_dir_all(&folder).unwrap();
         let content = serde_json::json!({ "url": url, "token": token }).to_string();
         std::fs::write(folder.join("credentials.json"), content).unwrap();
+    }
+
+    /// Logs in at a deployment, brings the tunnel up, and waits until packets get to all agents and back.
+    pub(crate) fn connect(&self, deployment: &Deployment) {
+        let (url, token) = deployment.access();
+        self.pretend_login(&url, &token);
+        let up = self.warren(&["up", "--wait"]);
+        assert!(up.status.success(), "{}{}", stderr(&up), self.log());
     }
 
     /// A client verb, as the user who runs the service.

@@ -117,14 +117,13 @@ impl<W> Reaching<W> {
         data: &Data,
         received_at: Instant,
     ) -> Option<(W, Duration)> {
-        let sent_at = |series: &Series<W>| {
-            let of_it = series.sent.iter().filter(|_| series.peer == *peer);
-            let at = of_it.filter(|(sent, _)| sent == data).map(|(_, at)| *at).next()?;
-            let took = received_at.saturating_duration_since(at);
-            (took <= VALID).then_some(took)
+        let took = |series: &Series<W>| {
+            let (_, at) = series.sent.iter().find(|(sent, _)| sent == data)?;
+            let took = received_at.saturating_duration_since(*at);
+            (series.peer == *peer && took <= VALID).then_some(took)
         };
         let (place, took) =
-            self.all.iter().enumerate().find_map(|(place, series)| Some((place, sent_at(series)?)))?;
+            self.all.iter().enumerate().find_map(|(place, series)| Some((place, took(series)?)))?;
         Some((self.all.swap_remove(place).reply, took))
     }
 }

@@ -19,7 +19,7 @@ use super::{
     look::{line, lines},
     resolve::resolve,
 };
-use crate::link::PingBy;
+use crate::{facts::TunnelState, link::PingBy};
 
 /// How long one answer is waited for.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -64,13 +64,18 @@ pub(super) async fn ping(
 
 /// Why no tunnel can be asked.
 pub(super) fn why_not(shared: &Shared) -> Refusal {
-    let tunnel = shared.service.tunnel.get();
     let running = shared.service.running.get();
+    let is_foreign = running.as_ref().as_ref().is_some_and(|running| running.link().is_none());
+    refusal(&shared.service.tunnel.get(), is_foreign)
+}
+
+/// The same of a tunnel, which may be another program's.
+pub(super) fn refusal(tunnel: &TunnelState, is_foreign: bool) -> Refusal {
     let words = match tunnel.lifecycle {
         _ if !tunnel.error.is_empty() => format!("there is no tunnel: {}", tunnel.error),
         Lifecycle::Starting => "the tunnel is only starting; try again in a moment".to_owned(),
         Lifecycle::Stopping => "the tunnel is being stopped".to_owned(),
-        Lifecycle::Started if running.as_ref().as_ref().is_some_and(|it| it.link().is_none()) => {
+        Lifecycle::Started if is_foreign => {
             return Refusal::unsupported("the tunnel cannot be asked: it is another program than ours");
         }
         Lifecycle::Started => "the tunnel did not answer in time; try again in a moment".to_owned(),

@@ -2,6 +2,8 @@
 
 use std::{future::Future, pin::Pin, sync::OnceLock};
 
+use axum::response::IntoResponse;
+use http_body_util::BodyExt;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
@@ -415,6 +417,15 @@ async fn a_ping_while_the_tunnel_is_not_there_says_why() {
         assert_eq!(status, expected);
         assert!(body.contains(words), "{body}");
     }
+}
+
+#[tokio::test]
+async fn a_tunnel_that_is_another_program_cannot_be_asked_and_that_is_no_matter_of_time() {
+    let tunnel = TunnelState { lifecycle: vpn::status::Lifecycle::Started, ..Default::default() };
+    let answer = super::ping::refusal(&tunnel, true).into_response();
+    assert_eq!(answer.status(), 501);
+    let body = answer.into_body().collect().await.unwrap().to_bytes();
+    assert!(String::from_utf8_lossy(&body).contains("another program"), "{body:?}");
 }
 
 #[tokio::test]

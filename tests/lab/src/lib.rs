@@ -411,19 +411,19 @@ impl Lab {
 
     /// Makes an agent deaf and dumb inside the tunnel, or ends that. The coordinator does not notice.
     pub fn mute_agent(&self, id: Uuid, is_mute: bool) {
-        if let Some(agent) =
-            lock(&self.agents).iter().find(|slot| slot.id == id).and_then(|slot| slot.running.as_ref())
-        {
-            agent.mute(is_mute);
-        }
+        self.with_running(id, |agent| agent.mute(is_mute));
     }
 
     /// Has an agent lose what comes out of its tunnel, or ends that: it shakes hands and answers probes as before.
     pub fn shut_tunnel(&self, id: Uuid, is_shut: bool) {
-        if let Some(agent) =
-            lock(&self.agents).iter().find(|slot| slot.id == id).and_then(|slot| slot.running.as_ref())
-        {
-            agent.shut(is_shut);
+        self.with_running(id, |agent| agent.shut(is_shut));
+    }
+
+    fn with_running(&self, id: Uuid, change: impl FnOnce(&Agent)) {
+        let agents = lock(&self.agents);
+        let slot = agents.iter().find(|slot| slot.id == id);
+        if let Some(agent) = slot.and_then(|slot| slot.running.as_ref()) {
+            change(agent);
         }
     }
 
