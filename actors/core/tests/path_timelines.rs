@@ -1,5 +1,5 @@
-//! Timelines of direct paths, recorded between reference nodes, played to a path of ours in the place of the node that
-//! asked for the tunnel.
+//! Timelines of paths, recorded between reference nodes and between one and a foreign peer, played to a path of ours in
+//! the place of one of them.
 //!
 //! What the recorded peer sends comes at its time: probes, calls and data, each by its way. What it would have answered
 //! to us is made up: a ping over UDP is answered half a millisecond later unless UDP was cut. What the recorded client
@@ -23,7 +23,7 @@ use std::{
 
 use serde_json::Value;
 use warren_core::{
-    path::{Effect, Path, RelayStands, Via},
+    path::{Direct, Effect, Path, RelayStands, Via},
     relay_map::RegionId,
 };
 use warren_proto::disco::TxId;
@@ -94,9 +94,50 @@ fn a_dead_path_is_left_as_the_recorded_peer_does_only_sooner() {
     assert_eq!(played.unanswered, 0);
 }
 
+/// Neither wants direct paths; a node that must not probe asks by relay whether the other is there, every five seconds.
+#[test]
+fn where_direct_paths_are_blocked_nothing_is_probed_and_every_ping_by_relay_is_answered() {
+    for us in ["client", "agent"] {
+        let timeline = Timeline { policy: Direct::Blocked, tells: false, ..Timeline::load("relay-only", us) };
+        let pinged =
+            timeline.events.iter().filter(|it| it["who"] != us && it["what"] == "disco ping").count();
+        let played = timeline.play("10.77.1.2:44248", "10.77.2.2:58302", &[]);
+
+        assert!(pinged > 60 && played.answered == pinged, "{} answers to {pinged} pings", played.answered);
+        assert_eq!((&played.pings, &played.changes), (&Vec::new(), &Vec::new()));
+        assert!(played.calls.iter().all(|(_, list)| list.is_empty()), "{:?}", played.calls);
+        assert!(
+            played.calls.len() <= 1,
+            "{} calls, though the peer takes no direct path",
+            played.calls.len()
+        );
+    }
+}
+
+/// It says nowhere where it is: its datagrams are nobody's until a ping came from there.
+#[test]
+fn a_peer_that_publishes_no_address_is_known_by_its_ping_and_direct_once_it_answers() {
+    let timeline = Timeline { tells: false, ..Timeline::load("minimal-peer", "agent") };
+    let (first, ping) = (timeline.at("wireguard handshake"), timeline.at("disco ping"));
+    let answer = timeline.at("wireguard handshake response");
+    let played = timeline.play("127.0.0.1:41641", "127.0.0.1:50000", &[]);
+
+    assert_eq!(played.strange, [first], "what it sends before its ping");
+    assert_eq!(played.verified, [ping]);
+    let [(found, true)] = played.changes[..] else { panic!("{:?}", played.changes) };
+    assert!(
+        found >= ping && found <= answer + ROUND_TRIP,
+        "direct at {found}, the recorded node at {answer}"
+    );
+    assert_eq!((played.answered, played.unanswered), (2, 0), "one by UDP and one by relay");
+}
+
 struct Timeline {
     us: &'static str,
     events: Vec<Value>,
+    policy: Direct,
+    /// Whether the peer's node and its calls say where it is.
+    tells: bool,
 }
 
 /// What ours did, and when, in milliseconds.
@@ -107,7 +148,11 @@ struct Played {
     /// To a direct path, or to the relay.
     changes: Vec<(f64, bool)>,
     sent: Vec<f64>,
+    answered: usize,
     unanswered: usize,
+    /// When the peer's address became known as its own, and when it sent from there before.
+    verified: Vec<f64>,
+    strange: Vec<f64>,
 }
 
 #[derive(Debug, Clone)]
@@ -126,6 +171,8 @@ struct Player {
     start: Instant,
     own: SocketAddr,
     peer: SocketAddr,
+    /// Where the peer says that it is.
+    told: Vec<SocketAddr>,
     cuts: Vec<(f64, f64)>,
     txid: u64,
     pongs: Vec<(f64, Input)>,
@@ -139,7 +186,7 @@ impl Timeline {
         let file: Value = serde_json::from_slice(&file).unwrap();
         let events = file["events"].as_array().unwrap().clone();
         assert_eq!(Some(events.len()), file["count"].as_u64().map(|count| usize::try_from(count).unwrap()));
-        Self { us, events }
+        Self { us, events, policy: Direct::Allowed, tells: true }
     }
 
     /// When something is said to happen for the first time.
@@ -156,6 +203,8 @@ impl Timeline {
             inputs.splice(0..0, [(0.0, Input::Node), (0.0, Input::Ready), (0.0, Input::Send)]);
         }
         let mut player = Player::new(own, peer, cuts);
+        player.path.set_policy(player.start, self.policy);
+        player.told.extend(self.tells.then_some(peer));
         for (at, input) in inputs {
             player.pass(at);
             player.take(at, &input);
@@ -170,7 +219,8 @@ impl Timeline {
             ("traffic", _) => return self.traffic(event, peer),
             ("coordinator sends NODE", true) => Input::Node,
             ("coordinator sends READY_FOR_HANDSHAKE", true) => Input::Ready,
-            ("disco ping", false) => Input::Ping(via),
+            // Also one behind a message of unknown type.
+            _ if what.ends_with("ping") && what.starts_with("disco") && !is_ours => Input::Ping(via),
             ("disco call-me-maybe", false) => Input::Call,
             _ if what.starts_with("wireguard") && is_ours => Input::Send,
             _ if what.starts_with("wireguard") => Input::Data(via),
@@ -182,11 +232,12 @@ impl Timeline {
     /// Packets of which only the number is known, spread over their time; those sent twice are one.
     fn traffic(&self, event: &Value, peer: SocketAddr) -> Vec<(f64, Input)> {
         let count = |who: &str, what: &str| event["counts"][format!("{who} {what}")].as_u64().unwrap_or(0);
+        let them = if self.us == "agent" { "client" } else { "agent" };
         let udp = count(self.us, "udp data").max(count(self.us, "udp data lost"));
         let rows = [
             (udp.max(count(self.us, "relay data")), Input::Send),
-            (count("agent", "udp data"), Input::Data(Via::Direct(peer))),
-            (count("agent", "relay data"), Input::Data(RELAY)),
+            (count(them, "udp data"), Input::Data(Via::Direct(peer))),
+            (count(them, "relay data"), Input::Data(RELAY)),
         ];
         let (from, to) = (ms(event), event["until_ms"].as_f64().unwrap_or(ms(event)));
         let spread = |(count, input): (u64, Input)| {
@@ -200,8 +251,8 @@ impl Timeline {
 impl Player {
     fn new(own: SocketAddr, peer: SocketAddr, cuts: &[(f64, f64)]) -> Self {
         let (start, cuts) = (Instant::now(), cuts.to_vec());
-        let (path, pongs, played) = (Path::new(), Vec::new(), Played::default());
-        Self { path, start, own, peer, cuts, txid: 0, pongs, played }
+        let (path, told, pongs, played) = (Path::new(), Vec::new(), Vec::new(), Played::default());
+        Self { path, start, own, peer, told, cuts, txid: 0, pongs, played }
     }
 
     /// Lets time pass until then.
@@ -237,7 +288,7 @@ impl Player {
         match input {
             Input::Node => {
                 self.path.handle_own_endpoints(now, &[self.own]);
-                self.path.handle_node(now, &[self.peer]);
+                self.path.handle_node(now, &self.told);
             }
             Input::Ready => self.path.handle_ready(now),
             Input::Send => {
@@ -245,13 +296,15 @@ impl Player {
                 self.path.route(now);
             }
             Input::Data(Via::Direct(_)) | Input::Ping(Via::Direct(_)) if !passes => {}
+            Input::Data(Via::Direct(_)) if self.played.verified.is_empty() => self.played.strange.push(at),
             Input::Data(via) => self.path.handle_received(now, *via),
             Input::Ping(via) => {
                 let txid = self.number();
                 let is_owed = self.path.handle_ping(now, *via, txid);
+                self.played.answered += usize::from(is_owed);
                 self.played.unanswered += usize::from(!is_owed);
             }
-            Input::Call => self.path.handle_call_me_maybe(now, &[self.peer]),
+            Input::Call => self.path.handle_call_me_maybe(now, &self.told),
             Input::Pong(_) if !passes => {}
             Input::Pong(txid) => {
                 self.path.handle_pong(now, Via::Direct(self.peer), *txid, self.own);
@@ -283,7 +336,10 @@ impl Player {
                 Effect::RefreshEndpoints => self.path.handle_own_endpoints(self.instant(at), &[self.own]),
                 Effect::ProveRelay => self.path.handle_relay(self.instant(at), RelayStands::Alive),
                 Effect::Changed { to, .. } => self.played.changes.push((at, to.is_some())),
-                Effect::Verified(address) => assert_eq!(address, self.peer),
+                Effect::Verified(address) => {
+                    assert_eq!(address, self.peer);
+                    self.played.verified.push(at);
+                }
                 Effect::RelayPing { .. } | Effect::Forgotten(_) => panic!("nobody asked for {effect:?}"),
             }
         }
