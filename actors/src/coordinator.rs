@@ -201,7 +201,7 @@ impl Coordinator {
             return;
         }
         tracing::info!(?cause, "every connection has to show that it is alive");
-        self.net.recovery.begin(peers::now());
+        self.net.recovery.begin(Plane::Control, peers::now());
         state.backoff.reset();
         self.net.data_plane.dialer().fail_lost();
         state.shared.wake.notify_one();

@@ -416,6 +416,11 @@ impl DataPlane {
         self.plane.udp.load().as_ref().map(|sockets| sockets.ports())
     }
 
+    /// Whether there are to be sockets, but those could not be bound the last time.
+    pub fn lacks_sockets(&self) -> bool {
+        self.plane.readers.has_sockets() && self.local_ports().is_none()
+    }
+
     /// Allows direct paths or not, whatever there was. Without sockets there are none.
     pub fn set_direct(&self, policy: Direct) {
         let policy = if self.plane.readers.has_sockets() { policy } else { Direct::Blocked };

@@ -5,7 +5,7 @@
 //! | [`Net::link`], [`Net::network_map`], [`Net::relay_map`], [`Net::upgrades`], [`Net::direct`], [`Net::workspaces`] | coordinator |
 //! | [`Net::peers`], [`Net::interface`], [`Net::paths`] | registry |
 //! | [`Net::relays`], [`Net::forced_websocket`], [`Net::home`], [`Net::latencies`], [`Net::netcheck`] | relay |
-//! | [`Net::families`], [`Net::endpoints`] | packet I/O |
+//! | [`Net::network`], [`Net::families`], [`Net::endpoints`] | packet I/O |
 //! | [`Net::host`] | session (the manager owns the network) or host (the tunnel owns it) |
 
 use std::{
@@ -23,6 +23,7 @@ use warren_core::{
     coordination::NetworkMap,
     home::RegionLatency,
     netcheck::{Families, Mappings, Report},
+    network::Network,
     path::Direct,
     path_news::PathEvent,
     relay_map::{RegionId, RelayMap},
@@ -246,6 +247,8 @@ pub struct Net {
     pub latencies: Cell<BTreeMap<RegionId, RegionLatency>>,
     /// How the world sees us.
     pub netcheck: Cell<Seen>,
+    /// The network that this machine is on, as everybody knows it whom a change of it concerns.
+    pub network: Cell<Option<Network>>,
     /// The families in which this machine has an address that leads anywhere.
     pub families: Cell<Families>,
     /// Where peers may reach us, best first.
@@ -327,6 +330,7 @@ impl Net {
             home: Cell::default(),
             latencies: Cell::default(),
             netcheck: Cell::default(),
+            network: Cell::default(),
             // Until somebody has looked, everything is tried.
             families: Cell::new(Families { v4: true, v6: true }),
             endpoints: Cell::default(),

@@ -1,6 +1,6 @@
 //! Packet I/O: keeps the data plane's peers equal to the network map, gives it the device that Start asked for,
 //! and knows where we are: our sockets, the machine's network, and what peers are told of both. Writes the cells
-//! `families` and `endpoints`.
+//! `network`, `families` and `endpoints`.
 //!
 //! It only controls; packets move in the data plane's tasks ([`crate::data_plane`]), which go on when this
 //! part crashes. Its successor finds the device in place and reconciles.
@@ -23,6 +23,7 @@ use warren_observability::names;
 
 use crate::{
     coordinator::{self, Cause},
+    data_plane::RebindError,
     facts::{Net, NetworkOwner},
     interfaces, pinger, relay,
     runtime::{CellWriter, Context, Part, PartError},
@@ -38,7 +39,8 @@ pub const DEVICE_NAME: &str = "warren0";
 
 const EVERY_FAMILY: Families = Families { v4: true, v6: true };
 
-/// How often it is looked whether the device is still there: more often than the budget forgives.
+/// How often it is looked whether the device is still there, and tried again what failed: more often than the budget
+/// forgives.
 const LOOK_PERIOD: Duration = Duration::from_secs(2);
 /// How long a look at the network may keep sockets from being bound anew: it takes milliseconds.
 const LIST_LIMIT: Duration = Duration::from_millis(250);
@@ -56,7 +58,7 @@ pub enum Message {
     Seen,
     /// Packets leave by other ways than before, or the machine has slept.
     NetworkChanged,
-    /// It is time to look whether the device is still there.
+    /// It is time to look whether the device is still there, and whether something is to be tried again.
     Look,
 }
 
@@ -92,9 +94,26 @@ impl PacketIo {
 /// One incarnation of the part.
 pub struct State {
     whereabouts: Endpoints,
+    /// As it is by now.
     network: Option<Network>,
+    /// As those know it whom a change concerns.
+    known: CellWriter<Option<Network>>,
     families: CellWriter<Families>,
     endpoints: CellWriter<Vec<SocketAddr>>,
+    /// Whether it was said that there are no sockets at the moment.
+    is_unbound: bool,
+}
+
+impl State {
+    /// How the network differs from the one that is known.
+    fn change(&self) -> Option<Change> {
+        let known = self.known.get();
+        known
+            .as_ref()
+            .as_ref()
+            .zip(self.network.as_ref())
+            .and_then(|(known, network)| known.change_to(network))
+    }
 }
 
 impl PacketIo {
@@ -108,18 +127,22 @@ impl PacketIo {
         state.endpoints.set_if_changed(list);
     }
 
-    fn take_network(&self, state: &mut State, network: &Network) {
-        let change = self.note_network(state, network);
-        if change == Some(Change::Major) {
-            // It tells everybody whom that concerns, us too: peers are made to leave addresses that we lose once the
-            // paths know why. One that has no room left has heard of it already.
-            if self.net.coordinator.try_send(coordinator::Message::Wake(Cause::Network)).is_ok() {
-                return;
-            }
+    /// Tells whom it concerns that the network is another. Who cannot be told is told at the next look.
+    fn tell_change(&self, state: &mut State) {
+        let change = state.change();
+        // It tells everybody whom that concerns, us too: peers are made to leave addresses that we lose once the paths
+        // know why.
+        if change == Some(Change::Major)
+            && self.net.coordinator.try_send(coordinator::Message::Wake(Cause::Network)).is_ok()
+        {
+            return take_as_known(state);
         }
         if change == Some(Change::Minor) {
             // The world may see us elsewhere as well. Without room it is being looked at.
             let _ = self.net.relay.try_send(relay::Message::EndpointsWanted);
+        }
+        if change != Some(Change::Major) {
+            take_as_known(state);
         }
         self.tell_whereabouts(state);
     }
@@ -129,13 +152,31 @@ impl PacketIo {
     async fn bind_anew(&self, state: &mut State) {
         if let Ok(Ok(network)) = timeout(LIST_LIMIT, interfaces::list()).await {
             self.note_network(state, &network);
+            take_as_known(state);
         }
         self.net.data_plane.link_changed();
-        if self.net.data_plane.local_ports().is_some()
-            && let Err(error) = self.net.data_plane.rebind().await
-        {
-            tracing::warn!(%error, "the sockets for direct paths cannot be bound anew; everything is relayed until they can");
+        self.bind(state).await;
+        self.tell_sockets(state);
+    }
+
+    /// Binds the sockets anew, if there are to be any. Returns whether there are.
+    async fn bind(&self, state: &mut State) -> bool {
+        let failure = match self.net.data_plane.rebind().await {
+            Ok(_) | Err(RebindError::NoSockets) => None,
+            Err(error) => Some(error),
+        };
+        match &failure {
+            Some(error) if !state.is_unbound => {
+                tracing::warn!(%error, "the sockets for direct paths cannot be bound anew; everything is relayed until they can");
+            }
+            None if state.is_unbound => tracing::info!("the sockets for direct paths are bound again"),
+            Some(_) | None => {}
         }
+        state.is_unbound = failure.is_some();
+        failure.is_none()
+    }
+
+    fn tell_sockets(&self, state: &mut State) {
         state.whereabouts.set_ports(self.ports());
         self.tell_whereabouts(state);
         // Without room it is being looked at.
@@ -151,28 +192,31 @@ impl PacketIo {
         }
     }
 
-    /// Takes over which network the machine is on, our own device apart, and returns how it differs from before.
-    fn note_network(&self, state: &mut State, network: &Network) -> Option<Change> {
+    /// Takes over which network the machine is on, our own device apart.
+    fn note_network(&self, state: &mut State, network: &Network) {
         let own = self.net.data_plane.device_name();
         let network = own.map_or_else(|| network.clone(), |own| network.without(&own));
-        let change = state.network.as_ref().and_then(|known| known.change_to(&network));
         state.whereabouts.set_interfaces(network.interfaces.clone());
         state.network = Some(network);
         let families = state.whereabouts.families();
         // A machine that is on no network can still have its deployment, a lab, on itself.
         let families = if families == Families::default() { EVERY_FAMILY } else { families };
         state.families.set_if_changed(families);
-        if change == Some(Change::Major) {
-            tracing::info!("the network has changed");
-            counter!(names::NETWORK_CHANGES).increment(1);
-        }
-        change
     }
 
     fn ports(&self) -> Ports {
         let ports = self.net.data_plane.local_ports();
         Ports { v4: ports.map(|ports| ports.v4), v6: ports.and_then(|ports| ports.v6) }
     }
+}
+
+/// Everybody whom it concerns knows of the network as it is by now.
+fn take_as_known(state: &mut State) {
+    if state.change() == Some(Change::Major) {
+        tracing::info!("the network has changed");
+        counter!(names::NETWORK_CHANGES).increment(1);
+    }
+    state.known.set_if_changed(state.network.clone());
 }
 
 impl Part for PacketIo {
@@ -182,6 +226,7 @@ impl Part for PacketIo {
     async fn start(&self, context: &Context<Message>) -> Result<State, PartError> {
         self.attach_device()?;
         let (families, endpoints) = (self.net.families.claim()?, self.net.endpoints.claim()?);
+        let known = self.net.network.claim()?;
         let mut whereabouts = Endpoints::new();
         whereabouts.set_ports(self.ports());
         context.follow(self.net.network_map.view(), || Message::MapChanged);
@@ -194,7 +239,7 @@ impl Part for PacketIo {
             // A part that is down looks anew when it is back.
             async move { me.send(Message::Network(network)).await.unwrap_or_default() }
         }));
-        Ok(State { whereabouts, network: None, families, endpoints })
+        Ok(State { whereabouts, network: None, known, families, endpoints, is_unbound: false })
     }
 
     async fn handle(
@@ -208,7 +253,10 @@ impl Part for PacketIo {
                 self.net.data_plane.set_direct(*self.net.direct.get());
                 self.tell_whereabouts(state);
             }
-            Message::Network(network) => self.take_network(state, &network),
+            Message::Network(network) => {
+                self.note_network(state, &network);
+                self.tell_change(state);
+            }
             Message::Seen => self.take_seen(state),
             Message::NetworkChanged => self.bind_anew(state).await,
             Message::MapChanged => {
@@ -219,7 +267,14 @@ impl Part for PacketIo {
             }
             // A restart attaches it again; one that cannot be had spends the budget, and the process says so.
             Message::Look if self.has_lost_its_device() => return Err("the device is gone".into()),
-            Message::Look => {}
+            Message::Look => {
+                if state.change() == Some(Change::Major) {
+                    self.tell_change(state);
+                }
+                if self.net.data_plane.lacks_sockets() && self.bind(state).await {
+                    self.tell_sockets(state);
+                }
+            }
         }
         Ok(())
     }
@@ -228,8 +283,11 @@ impl Part for PacketIo {
 #[cfg(test)]
 mod tests {
     use std::{
+        future::ready,
+        io,
         net::Ipv4Addr,
         os::{fd::AsRawFd, unix::net::UnixDatagram},
+        sync::atomic::{AtomicBool, Ordering},
     };
 
     use uuid::Uuid;
@@ -242,7 +300,12 @@ mod tests {
     use warren_proto::key::{DiscoPublic, NodePrivate};
 
     use super::*;
-    use crate::{facts::Seen, relay::tests::net, runtime::Tasks, udp::LocalPorts};
+    use crate::{
+        facts::Seen,
+        relay::tests::{net, net_with},
+        runtime::{Tasks, ears::ears},
+        udp::{LocalPorts, MakeSockets, SocketsFuture, UdpError, UdpSockets},
+    };
 
     #[tokio::test]
     async fn the_managers_descriptor_becomes_the_device_and_stays_it_over_a_restart() {
@@ -316,12 +379,70 @@ mod tests {
             let net = Arc::new(net(NetworkOwner::Nobody));
             let (part, context) = (PacketIo::new(Arc::clone(&net)), context(&net));
             let mut state = part.start(&context).await.unwrap();
-            state.network = Some(elsewhere());
+            state.known.set(Some(elsewhere()));
             if is_woken {
                 part.handle(&context, &mut state, Message::NetworkChanged).await.unwrap();
             }
-            assert_eq!(part.note_network(&mut state, &here), news);
+            part.note_network(&mut state, &here);
+            assert_eq!(state.change(), news);
         }
+    }
+
+    /// Whoever has to tell the others may be down just then; so may this part.
+    #[tokio::test]
+    async fn a_change_of_the_network_is_told_once_somebody_can_be_told_by_a_successor_too() {
+        let net = Arc::new(net(NetworkOwner::Nobody));
+        let (part, context) = (PacketIo::new(Arc::clone(&net)), context(&net));
+        let mut state = part.start(&context).await.unwrap();
+        part.handle(&context, &mut state, Message::Network(Arc::new(elsewhere()))).await.unwrap();
+        let here = Arc::new(interfaces::list().await.unwrap());
+        part.handle(&context, &mut state, Message::Network(Arc::clone(&here))).await.unwrap();
+        drop(state);
+        let mut state = part.start(&context).await.unwrap();
+        part.handle(&context, &mut state, Message::Network(here)).await.unwrap();
+        let mut coordinator = ears(&net.coordinator).await;
+        for _ in 0..2 {
+            part.handle(&context, &mut state, Message::Look).await.unwrap();
+        }
+        let wake = coordinator.recv().await.unwrap();
+        assert!(matches!(wake, coordinator::Message::Wake(Cause::Network)), "{wake:?}");
+        assert!(coordinator.try_recv().is_err(), "it is told once");
+    }
+
+    /// Fails when it is asked next.
+    #[derive(Debug, Default)]
+    struct OutOfSockets(AtomicBool);
+
+    impl MakeSockets for OutOfSockets {
+        fn make(self: Arc<Self>, port: u16) -> SocketsFuture {
+            let made = if self.0.swap(false, Ordering::Relaxed) {
+                Err(UdpError::Options(io::Error::from_raw_os_error(24)))
+            } else {
+                UdpSockets::bind(port)
+            };
+            Box::pin(ready(made.map(|made| made.made_by(self))))
+        }
+    }
+
+    #[tokio::test]
+    async fn sockets_that_could_not_be_bound_anew_are_tried_again_and_told_of() {
+        let maker = Arc::new(OutOfSockets::default());
+        let sockets = Arc::clone(&maker).make(0).await.unwrap();
+        let port = sockets.ports().v4;
+        let net = Arc::new(net_with(NetworkOwner::Nobody, Some(sockets)));
+        let (part, context) = (PacketIo::new(Arc::clone(&net)), context(&net));
+        let mut state = part.start(&context).await.unwrap();
+        let mut relay = ears(&net.relay).await;
+        maker.0.store(true, Ordering::Relaxed);
+        part.handle(&context, &mut state, Message::NetworkChanged).await.unwrap();
+        assert_eq!((net.data_plane.local_ports(), net.endpoints.get().len()), (None, 0));
+        assert!(matches!(relay.recv().await, Some(relay::Message::SocketsBound)));
+        for _ in 0..2 {
+            part.handle(&context, &mut state, Message::Look).await.unwrap();
+        }
+        assert_eq!(net.data_plane.local_ports().map(|ports| ports.v4), Some(port));
+        assert!(matches!(relay.recv().await, Some(relay::Message::SocketsBound)));
+        assert!(relay.try_recv().is_err(), "sockets that are there are left alone");
     }
 
     /// A network that is not this machine's.

@@ -143,6 +143,9 @@ impl Part for Pinger {
             Message::PeersChanged => {
                 let map = self.net.network_map.get();
                 state.silent.0.retain(|agent| map.peers.contains_key(agent));
+                if map.peers.is_empty() {
+                    self.net.recovery.give_up(Plane::Data);
+                }
                 for waiter in state.pings.set_peers(now, &map) {
                     let _ = waiter.send(Err(PingFailed::NoPeer));
                 }
@@ -151,7 +154,13 @@ impl Part for Pinger {
                 }
             }
             Message::PathUp => state.pings.handle_path_up(now),
-            Message::Woken => state.pings.handle_wake(now),
+            Message::Woken => {
+                // What did not get through before is not waited for.
+                if state.pings.is_any_answering() {
+                    self.net.recovery.begin(Plane::Data, now);
+                }
+                state.pings.handle_wake(now);
+            }
             Message::Pong(pong) => self.take_pong(state, pong),
             Message::PingNow { agent, limit, reply } => {
                 if let Err((refused, reply)) =
@@ -323,7 +332,11 @@ mod tests {
     use warren_proto::key::{DiscoPublic, NodePublic};
 
     use super::*;
-    use crate::{facts::NetworkOwner, relay::tests::net, runtime::Tasks};
+    use crate::{
+        facts::NetworkOwner,
+        relay::tests::net,
+        runtime::{Tasks, ears::ears},
+    };
 
     #[tokio::test]
     async fn an_agent_that_is_not_programmed_is_not_pinged_and_the_asker_hears_why() {
@@ -354,20 +367,35 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_pong_that_nobody_asked_for_is_no_result() {
+    async fn a_pong_that_was_asked_for_is_a_result_and_another_one_is_not() {
         let mut setting = Setting::new().await;
         setting.set_peers(&[1]).await;
-        let pong = Pong {
-            peer: key(1),
-            txid: [7; 12],
-            region: Some(RegionId(1)),
-            latency: Duration::from_millis(1),
-            is_user: true,
-            received_at: Instant::now(),
-        };
-        setting.hear(Message::Pong(pong)).await;
-        assert!(setting.state.silent.0.is_empty());
-        assert_eq!(setting.part.net.registry.depth(), 0);
+        let mut registry = ears(&setting.part.net.registry).await;
+        setting.hear(Message::Pong(pong([7; 12]))).await;
+        setting.ask([8; 12]);
+        setting.hear(Message::Pong(pong([8; 12]))).await;
+        let first = registry.recv().await.unwrap();
+        assert!(
+            matches!(&first, registry::Message::Pinged { agent, .. } if agent.as_u128() == 1),
+            "{first:?}"
+        );
+        assert!(registry.try_recv().is_err(), "the stray one is none");
+    }
+
+    #[tokio::test]
+    async fn that_packets_get_through_again_is_waited_for_only_where_they_did_and_somebody_is_there() {
+        let mut setting = Setting::new().await;
+        let net = Arc::clone(&setting.part.net);
+        setting.hear(Message::Woken).await;
+        setting.set_peers(&[1]).await;
+        setting.hear(Message::Woken).await;
+        assert_eq!(net.recovery.waits_for(), [], "nobody has ever answered");
+        setting.ask([8; 12]);
+        setting.hear(Message::Pong(pong([8; 12]))).await;
+        setting.hear(Message::Woken).await;
+        assert_eq!(net.recovery.waits_for(), [Plane::Data]);
+        setting.set_peers(&[]).await;
+        assert_eq!(net.recovery.waits_for(), [], "nobody is left");
     }
 
     #[tokio::test]
@@ -420,6 +448,12 @@ mod tests {
             self.part.handle(&self.context, &mut self.state, message).await.unwrap();
         }
 
+        /// Has the first agent's next ping carry this.
+        fn ask(&mut self, txid: TxId) {
+            self.state.pings.handle_wake(Instant::now());
+            self.state.pings.handle_timeout(Instant::now(), || txid);
+        }
+
         async fn set_peers(&mut self, ids: &[u8]) {
             let peer = |id: &u8| Peer {
                 node_key: key(*id),
@@ -433,6 +467,17 @@ mod tests {
             let peers = ids.iter().map(|id| (Uuid::from_u128(u128::from(*id)), peer(id))).collect();
             self.part.net.network_map.claim().unwrap().set(NetworkMap { peers });
             self.hear(Message::PeersChanged).await;
+        }
+    }
+
+    fn pong(txid: TxId) -> Pong {
+        Pong {
+            peer: key(1),
+            txid,
+            region: Some(RegionId(1)),
+            latency: Duration::from_millis(1),
+            is_user: true,
+            received_at: Instant::now(),
         }
     }
 

@@ -17,17 +17,20 @@ pub enum Plane {
     Control,
 }
 
-/// What does not work yet. The coordinator says when something may have changed, whoever sees that it works says
-/// so, and that is measured.
+/// What does not work yet. The coordinator says when something may have changed, and the pinger if agents answered until
+/// then; whoever sees that it works says so, and that is measured.
 #[derive(Debug, Default)]
 pub struct Recovery(Mutex<[Option<Instant>; 2]>);
 
 impl Recovery {
-    /// Something may have changed. What is still waited for goes on being waited for.
-    pub fn begin(&self, now: Instant) {
-        for since in &mut *self.lock() {
-            since.get_or_insert(now);
-        }
+    /// What worked may not any more. What is still waited for goes on being waited for.
+    pub fn begin(&self, plane: Plane, now: Instant) {
+        self.lock()[plane as usize].get_or_insert(now);
+    }
+
+    /// There is nobody any more who could show that it works.
+    pub fn give_up(&self, plane: Plane) {
+        self.lock()[plane as usize] = None;
     }
 
     /// It works, as of a question that was asked at `asked`: answers to earlier ones say nothing.
@@ -72,12 +75,17 @@ mod tests {
         let (recovery, start) = (Recovery::default(), Instant::now());
         let at = |seconds| start + Duration::from_secs(seconds);
         recovery.works(Plane::Data, at(0), at(0));
-        recovery.begin(at(10));
-        recovery.begin(at(12));
+        for plane in [Plane::Data, Plane::Control] {
+            recovery.begin(plane, at(10));
+            recovery.begin(plane, at(12));
+        }
         recovery.works(Plane::Data, at(9), at(13));
         recovery.works(Plane::Control, at(11), at(14));
         assert_eq!(recovery.waits_for(), [Plane::Data]);
         recovery.works(Plane::Data, at(10), at(14));
+        assert_eq!(recovery.waits_for(), []);
+        recovery.begin(Plane::Data, at(15));
+        recovery.give_up(Plane::Data);
         assert_eq!(recovery.waits_for(), []);
     }
 }

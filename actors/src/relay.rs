@@ -346,6 +346,7 @@ pub(crate) mod tests {
         dial::{DialOptions, Dialer},
         facts::{Addresses, Boot, Identity, NetworkOwner},
         runtime::Tasks,
+        udp::UdpSockets,
     };
 
     #[tokio::test]
@@ -536,6 +537,11 @@ pub(crate) mod tests {
 
     /// What one Boot shares, with nobody at any address.
     pub(crate) fn net(network: NetworkOwner) -> Net {
+        net_with(network, None)
+    }
+
+    /// The same, with these sockets.
+    pub(crate) fn net_with(network: NetworkOwner, udp: Option<UdpSockets>) -> Net {
         let identity = Identity::generate();
         let config = DataPlaneConfig {
             node: identity.node.clone(),
@@ -543,7 +549,7 @@ pub(crate) mod tests {
             address: identity.address,
             dialer: Arc::new(Dialer::new(DialOptions::default()).unwrap()),
             events: Arc::new(Nobody),
-            udp: None,
+            udp,
         };
         let boot = Boot {
             generation: 1,

@@ -9,6 +9,8 @@
 mod address;
 mod alarm;
 mod cell;
+#[cfg(test)]
+pub(crate) mod ears;
 mod part;
 mod tasks;
 

@@ -185,6 +185,11 @@ impl<W> Pings<W> {
         }
     }
 
+    /// Whether any agent answers, as far as is known.
+    pub fn is_any_answering(&self) -> bool {
+        self.agents.values().any(|agent| agent.is_answering)
+    }
+
     /// Pings one agent at once; `reply` comes back with its answer, or when `until` has passed.
     pub fn ping_now(
         &mut self,

@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use ::http::{HeaderMap, HeaderValue, StatusCode, header::RETRY_AFTER};
 use bytes::Bytes;
-use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use ractor::{Actor, ActorRef};
 use tokio::{
     io::duplex,
     sync::mpsc,
@@ -25,7 +25,11 @@ use super::{http::ApiError, upgrade::LIMITS, *};
 use crate::{
     facts::{Boot, NetworkOwner},
     relay::tests::net,
-    runtime::{Running, Tasks, starter},
+    runtime::{
+        Running, Tasks,
+        ears::{Bystander, ears},
+        starter,
+    },
     websocket::byte_stream,
 };
 
@@ -387,7 +391,7 @@ mod waking {
             assert!(matches!(relay.recv().await, Some(relay::Message::NetworkChanged)));
         }
         let works = async {
-            while rig.net.recovery.waits_for() != [Plane::Data] {
+            while !rig.net.recovery.waits_for().is_empty() {
                 sleep(Duration::from_millis(10)).await;
             }
         };
@@ -646,10 +650,7 @@ impl Rig {
 
     /// What the relay hears from now on.
     async fn relay(&self) -> mpsc::Receiver<relay::Message> {
-        let (tell, heard) = mpsc::channel(8);
-        let start = starter(self.net.relay.clone(), move || Ears(tell.clone()));
-        start(self.supervisor.get_cell()).await.unwrap();
-        heard
+        ears(&self.net.relay).await
     }
 }
 
@@ -680,49 +681,6 @@ impl Wire {
 
     async fn ended(&mut self) -> ControlError {
         timeout(SOON, &mut self.keeping).await.expect("an end").unwrap()
-    }
-}
-
-/// A supervisor that lets its children die.
-struct Bystander;
-
-impl Actor for Bystander {
-    type Msg = ();
-    type State = ();
-    type Arguments = ();
-
-    async fn pre_start(&self, _: ActorRef<()>, (): ()) -> Result<(), ActorProcessingErr> {
-        Ok(())
-    }
-
-    async fn handle_supervisor_evt(
-        &self,
-        _: ActorRef<()>,
-        _: SupervisionEvent,
-        (): &mut (),
-    ) -> Result<(), ActorProcessingErr> {
-        Ok(())
-    }
-}
-
-/// A relay that only hears.
-struct Ears(mpsc::Sender<relay::Message>);
-
-impl Part for Ears {
-    type Message = relay::Message;
-    type State = ();
-
-    async fn start(&self, _: &Context<relay::Message>) -> Result<(), PartError> {
-        Ok(())
-    }
-
-    async fn handle(
-        &self,
-        _: &Context<relay::Message>,
-        (): &mut (),
-        message: relay::Message,
-    ) -> Result<(), PartError> {
-        Ok(self.0.try_send(message)?)
     }
 }
 

@@ -1,14 +1,18 @@
 //! How far the relays are: the time of one small request to each region, over a fresh connection
-//! (tailnet-data 8.4).
+//! (tailnet-data 8.4). By that request alone: for ICMP echoes, which the reference sends as well, a process without
+//! capabilities has no socket.
 
 use std::{
     net::IpAddr,
     time::{Duration, Instant},
 };
 
-use futures::{StreamExt, stream};
+use futures::{
+    StreamExt,
+    stream::{self, FuturesUnordered},
+};
 use http::{HeaderValue, header};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use warren_core::{
     home::{RegionLatency, Report},
     netcheck::RUN_LIMIT,
@@ -23,6 +27,8 @@ const LIMIT: Duration = Duration::from_millis(1900);
 const _: () = assert!(LIMIT.as_millis() < RUN_LIMIT.as_millis());
 /// Regions measured at the same time: more would measure each other.
 const AT_ONCE: usize = 16;
+/// A relay that has not answered by then may be gone: the region's next one is asked as well.
+const NEXT_AFTER: Duration = Duration::from_millis(600);
 /// After the first answer others get half as long as that took, within these bounds, to be considered
 /// for a first choice of home.
 const LEAST_GRACE: Duration = Duration::from_millis(20);
@@ -88,17 +94,28 @@ pub(super) async fn measure<F>(
 }
 
 async fn measure_region(dialer: &Dialer, probe: &Probe) -> Option<RegionLatency> {
-    let attempt = async {
-        for node in &probe.nodes {
-            match measure_node(dialer, node, &probe.headers).await {
-                Ok(Some(latency)) => return Some(latency),
-                Ok(None) => {}
-                Err(error) => tracing::debug!(region = %probe.region, %error, "a relay was not measured"),
-            }
+    timeout(LIMIT, measure_nodes(dialer, probe)).await.unwrap_or(None)
+}
+
+/// By the first relay of the region that answers.
+async fn measure_nodes(dialer: &Dialer, probe: &Probe) -> Option<RegionLatency> {
+    let mut waiting = probe.nodes.iter();
+    let mut attempts = FuturesUnordered::new();
+    loop {
+        if let Some(node) = waiting.next() {
+            attempts.push(measure_node(dialer, node, &probe.headers));
         }
-        None
-    };
-    timeout(LIMIT, attempt).await.unwrap_or(None)
+        let has_next = waiting.len() > 0;
+        tokio::select! {
+            answer = attempts.next() => match answer {
+                Some(Ok(Some(latency))) => return Some(latency),
+                Some(Ok(None)) => {}
+                Some(Err(error)) => tracing::debug!(region = %probe.region, %error, "a relay was not measured"),
+                None => return None,
+            },
+            () = sleep(NEXT_AFTER), if has_next => {}
+        }
+    }
 }
 
 async fn measure_node(
@@ -180,6 +197,17 @@ mod tests {
         let gone = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
         let there = server("HTTP/1.1 200 OK\r\n\r\n", None).await;
         let mut both = probe(1, gone);
+        both.nodes.extend(probe(1, there).nodes);
+        let dialer = Dialer::new(DialOptions::default()).unwrap();
+        assert!(measure_region(&dialer, &both).await.is_some());
+    }
+
+    #[tokio::test]
+    async fn the_second_node_of_a_region_is_measured_where_the_first_swallows_everything() {
+        let (_never, hold) = oneshot::channel();
+        let silent = server("", Some(hold)).await;
+        let there = server("HTTP/1.1 200 OK\r\n\r\n", None).await;
+        let mut both = probe(1, silent);
         both.nodes.extend(probe(1, there).nodes);
         let dialer = Dialer::new(DialOptions::default()).unwrap();
         assert!(measure_region(&dialer, &both).await.is_some());

@@ -26,7 +26,7 @@ use crate::{
     data_plane::{DataPlane, DataPlaneConfig, Events, LinkChange, Pong},
     dial::{DialOptions, Dialer},
     facts::{Addresses, Identity, InterfaceConfig, LinkState},
-    runtime::{Running, starter},
+    runtime::{Running, ears::ears, starter},
     speaker::{CallError, End, SendError, Speaker},
 };
 
@@ -488,16 +488,13 @@ mod waking {
         assert_eq!(rig.frame().await, answer(1, woken()));
 
         rig.start_up(2).await;
-        let (wakes, mut heard) = mpsc::channel(8);
-        let net = rig.net().await;
-        let coordinator = net.coordinator.clone();
-        let _running =
-            starter(coordinator, move || Ears(wakes.clone()))(rig.supervisor.get_cell()).await.unwrap();
+        let mut heard = ears(&rig.net().await.coordinator).await;
         for id in [3, 4] {
             rig.send(id, wake()).await;
             assert_eq!(rig.frame().await, answer(id, woken()));
             settle().await;
-            assert_eq!(heard.try_recv(), Ok(()), "wake {id}");
+            let wake = heard.try_recv();
+            assert!(matches!(wake, Ok(coordinator::Message::Wake(coordinator::Cause::Manager))), "wake {id}");
         }
     }
 }
@@ -1026,28 +1023,6 @@ impl Events for Deaf {
     fn pong(&self, _: Pong) {}
     fn link_changed(&self, _: RegionId, _: LinkChange) {}
     fn handshake(&self, _: NodePublic) {}
-}
-
-/// A coordinator that only hears.
-struct Ears(mpsc::Sender<()>);
-
-impl Part for Ears {
-    type Message = coordinator::Message;
-    type State = ();
-
-    async fn start(&self, _: &Context<Self::Message>) -> Result<(), PartError> {
-        Ok(())
-    }
-
-    async fn handle(
-        &self,
-        _: &Context<Self::Message>,
-        (): &mut (),
-        message: Self::Message,
-    ) -> Result<(), PartError> {
-        assert!(matches!(message, coordinator::Message::Wake(coordinator::Cause::Manager)));
-        Ok(self.0.try_send(())?)
-    }
 }
 
 /// A supervisor that lets its children die, and tells when one is wholly gone: its state rides in the event.

@@ -15,7 +15,7 @@ Examples:
   warren netcheck --json | jq '.regions[] | select(.home)'
 
 The tunnel looks about every 20 s while it is in use, and whenever the network changes; this shows its
-last look. Exit status 6 if UDP does not get out and back: then everything is relayed.";
+last look. Exit status 6 if UDP does not get out and back: then agents beyond this network are relayed.";
 
 /// Show how the world sees this machine, and how far the relays are
 #[derive(clap::Args)]

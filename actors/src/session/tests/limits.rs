@@ -8,17 +8,15 @@ use super::*;
 #[tokio::test(start_paused = true)]
 async fn a_wake_is_passed_on_once_before_it_is_answered() {
     let mut rig = Rig::started().await;
-    let (wakes, mut heard) = mpsc::channel(8);
-    let coordinator = rig.net().await.coordinator.clone();
-    let _running =
-        starter(coordinator, move || Ears(wakes.clone()))(rig.supervisor.get_cell()).await.unwrap();
+    let mut heard = ears(&rig.net().await.coordinator).await;
     let filler = || vpn::TunnelMessage { rpc: None, msg: Some(woken()) };
     while rig.deps.stream.speaker().try_notify(filler()).is_ok() {
         tokio::task::yield_now().await;
     }
     rig.send(2, wake()).await;
     let passed_on = tokio::time::timeout(PATIENCE, heard.recv()).await.expect("the wake is passed on");
-    assert_eq!(passed_on, Some(()));
+    let wake = coordinator::Message::Wake(coordinator::Cause::Manager);
+    assert_eq!(format!("{passed_on:?}"), format!("{:?}", Some(wake)));
     loop {
         let message = rig.frame().await;
         if message.rpc.is_some() {
