@@ -540,6 +540,22 @@ impl Plane {
         learned.or(home).cloned()
     }
 
+    /// The link by which a peer's answers come, if it is another than the one for packets to it: peers prefer our home
+    /// region, and we theirs.
+    fn way_back(&self, peer: &Peer, there: &Link) -> Option<Arc<Link>> {
+        let region = peer.answering_region().filter(|region| *region != there.region())?;
+        self.links.load().get(&region).cloned()
+    }
+
+    /// The link for data to a peer. What is sent there may be answered by another link, which has to be alive as well.
+    fn edge_for_data(&self, peer: &Peer) -> Option<Arc<Link>> {
+        let link = self.edge(peer)?;
+        if let Some(back) = self.way_back(peer, &link) {
+            back.expect();
+        }
+        Some(link)
+    }
+
     /// A link has logged in: handshakes that were lost while it was down are started again.
     pub(crate) fn link_up(self: &Arc<Self>, link: &Link) {
         let lost_some = link.take_lost();

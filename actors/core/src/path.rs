@@ -461,9 +461,15 @@ impl Path {
     /// Where a batch of packets goes now. Once a batch; marks that the peer is talked to. The timer may be due
     /// earlier afterwards.
     pub fn route(&mut self, now: Instant) -> Route {
+        let is_first = self.session.is_none();
         Session::note_sent(&mut self.session, now);
         if let Standing::Lost(lost) = &mut self.standing {
             lost.handle_sent(now);
+        }
+        if is_first {
+            // What was not asked while nothing was sent comes before the packet: a peer that does not know where we are
+            // by now hears a ping first.
+            self.handle_timeout(now);
         }
         let patience = self.patience(now);
         let Some(taken) = self.standing.taken_mut() else { return Route { direct: None, relay: true } };

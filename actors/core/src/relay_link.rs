@@ -23,7 +23,7 @@ const MAX_RESTART_PAUSE: Duration = Duration::from_secs(30);
 pub struct Activity {
     /// When anything came from the relay last.
     pub heard: Duration,
-    /// When something of ours was sent through it last; what asks whether it lives does not count.
+    /// When something of ours was sent last that may be answered through it; what asks whether it lives does not count.
     pub used: Duration,
 }
 

@@ -135,7 +135,11 @@ impl Inbound {
                 batch.tally.drop(Drop::Disco);
             }
         }
-        self.receive_run(batch, &peer, Origin::Relay(link), run.filter(|packet| !is_probe(packet)));
+        let packets = run.filter(|packet| !is_probe(packet));
+        if packets.clone().next().is_some() {
+            peer.note_answering(link.region());
+        }
+        self.receive_run(batch, &peer, Origin::Relay(link), packets);
     }
 
     fn receive_from<'a>(

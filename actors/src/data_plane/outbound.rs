@@ -106,7 +106,7 @@ impl Batch<'_> {
         };
         let Some(peer) = self.routes.get(&destination) else { return self.tally.drop(Drop::NoRoute) };
         let route = self.route(peer);
-        let link = if route.relay { self.plane.edge(peer) } else { None };
+        let link = if route.relay { self.plane.edge_for_data(peer) } else { None };
         let mut engine = peer.engine();
         let queue = link.as_ref().map(|link| link.outgoing().lock());
         let mut edge = match (route.direct, queue) {

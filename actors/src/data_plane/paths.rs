@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::future::join_all;
 use warren_core::path::{Answer, Effect, Path, RelayStands, Route, Via};
 use warren_proto::{disco::TxId, key::random};
 
@@ -131,17 +132,22 @@ impl Plane {
 
     fn prove_relay(&self, peer: &Peer) {
         let Some(plane) = self.me.upgrade() else { return };
-        let (key, link) = (peer.key, self.edge(peer));
+        let key = peer.key;
         self.runtime.spawn(async move {
-            let is_alive = match link {
-                Some(link) => link.answers_within(PROOF_LIMIT).await,
-                None => false,
-            };
-            let stands = if is_alive { RelayStands::Alive } else { RelayStands::Down };
-            if let Some(peer) = plane.peers.by_key(&key) {
-                plane.feed(&peer, |path| path.handle_relay(Instant::now(), stands));
-            }
+            let Some(peer) = plane.peers.by_key(&key) else { return };
+            let stands = plane.relay_stands(&peer).await;
+            plane.feed(&peer, |path| path.handle_relay(Instant::now(), stands));
         });
+    }
+
+    /// Whether packets to a peer, and its own, get through relays now: each that they take is asked.
+    pub(super) async fn relay_stands(&self, peer: &Peer) -> RelayStands {
+        let Some(link) = self.edge(peer) else { return RelayStands::Down };
+        let back = self.way_back(peer, &link);
+        let answers = [Some(link), back].into_iter().flatten();
+        let answers = answers.map(async |link| link.answers_within(PROOF_LIMIT).await);
+        let is_alive = join_all(answers).await.into_iter().all(|is_alive| is_alive);
+        if is_alive { RelayStands::Alive } else { RelayStands::Down }
     }
 
     /// Sends one datagram over UDP now, or not at all.
@@ -182,7 +188,7 @@ impl Plane {
             sent.is_ok()
         });
         let relayed =
-            route.relay && self.edge(peer).is_some_and(|link| link.send(&peer.key, message).is_ok());
+            route.relay && self.edge_for_data(peer).is_some_and(|link| link.send(&peer.key, message).is_ok());
         match direct {
             Some(true) => Some(Way::Direct),
             _ => relayed.then_some(Way::Relay),

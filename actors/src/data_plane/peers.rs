@@ -46,6 +46,8 @@ pub(crate) struct Peer {
     disco: OnceLock<BoxShared>,
     /// The region it was heard from last; 0 for none.
     learned: AtomicU16,
+    /// The region by which its packets came last: probes are answered by the region that they came by.
+    answering: AtomicU16,
     /// A handshake could not be sent; to be started when there is a link.
     cold: AtomicBool,
     /// Pings through WireGuard that it may still answer, [`MAX_TSMP_ASKED`] at most: it may have lost them.
@@ -98,6 +100,7 @@ impl Peer {
             settings: ArcSwap::from_pointee(settings),
             disco: OnceLock::new(),
             learned: AtomicU16::new(0),
+            answering: AtomicU16::new(0),
             cold: AtomicBool::new(false),
             tsmp_asked: AtomicU32::new(0),
             received_bytes: AtomicU64::new(0),
@@ -138,6 +141,16 @@ impl Peer {
     /// Forgets that it was heard from `region`.
     pub(crate) fn forget_region(&self, region: RegionId) {
         let _ = self.learned.compare_exchange(region.0, 0, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// The region by which its packets came last.
+    pub(crate) fn answering_region(&self) -> Option<RegionId> {
+        RegionId::new(i64::from(self.answering.load(Ordering::Relaxed)))
+    }
+
+    /// Remembers by which region its packets come.
+    pub(crate) fn note_answering(&self, region: RegionId) {
+        self.answering.store(region.0, Ordering::Relaxed);
     }
 
     /// Remembers that its handshake could not be sent.
@@ -261,8 +274,11 @@ impl Peers {
         })
     }
 
-    /// A peer sends from this address.
+    /// A peer sends from this address. That is nearly always known.
     pub(super) fn add_source(&self, from: SocketAddr, peer: &NodePublic) {
+        if self.sources.read().unwrap_or_else(PoisonError::into_inner).get(&from) == Some(peer) {
+            return;
+        }
         let mut sources = self.sources.write().unwrap_or_else(PoisonError::into_inner);
         if !sources.insert(from, *peer) {
             tracing::debug!("the table of peers' addresses is full: a peer stays relayed");

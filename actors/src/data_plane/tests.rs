@@ -13,7 +13,7 @@ use tokio::{
     time::timeout,
 };
 use uuid::Uuid;
-use warren_core::{coordination, relay_map::Node};
+use warren_core::{coordination, path::RelayStands, relay_map::Node};
 use warren_proto::{key::random, stun::Response};
 
 use super::*;
@@ -196,6 +196,47 @@ async fn a_relay_that_went_silent_is_replaced_while_in_use() {
     a.plane.send_ping(b.key, [1; 12]).unwrap();
     a.hear_link_up().await;
     b.plane.probe_links();
+}
+
+/// Each sends by the other's home region, and only what comes shows that its own is there.
+#[tokio::test]
+async fn the_relay_by_which_answers_come_is_watched_too_although_nothing_is_sent_through_it() {
+    const HOME: RegionId = RegionId(1);
+    let (world, home) = (World::new().await, Relay::start().await);
+    let (mut a, mut b) = (world.side(1), world.side(2));
+    for side in [&a, &b] {
+        for target in [world.target(), home.target(HOME)] {
+            side.plane.ensure_link(target);
+            side.hear_link_up().await;
+        }
+    }
+    a.plane.set_peers(&network(&[&b], false));
+    let mut map = network(&[&a], false);
+    map.peers.values_mut().for_each(|peer| peer.home = HOME);
+    b.plane.set_peers(&map);
+    a.device.send(&packet(&a, &b, 100)).await.unwrap();
+    b.read_packet().await;
+    b.device.send(&packet(&b, &a, 100)).await.unwrap();
+    a.read_packet().await;
+    let peer = a.plane.plane.peers.by_key(&b.key).unwrap();
+    assert_eq!((peer.settings().home, peer.answering_region()), (REGION, Some(HOME)));
+    assert_eq!(a.plane.plane.relay_stands(&peer).await, RelayStands::Alive);
+    a.forget_events();
+    home.fall_silent();
+    let sending = async {
+        loop {
+            a.device.send(&packet(&a, &b, 100)).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::select! {
+        () = sending => {}
+        () = a.hear_link_up() => {}
+    }
+    home.fall_silent();
+    // What was under way may still come.
+    let falls = async { while a.plane.plane.relay_stands(&peer).await != RelayStands::Down {} };
+    timeout(LIMIT, falls).await.unwrap();
 }
 
 #[tokio::test]
@@ -792,13 +833,7 @@ impl World {
     }
 
     fn target(&self) -> LinkTarget {
-        let node = Node {
-            host_name: "127.0.0.1".to_owned(),
-            derp_port: self.relay.port,
-            force_http: true,
-            ..Node::default()
-        };
-        LinkTarget { region: REGION, nodes: vec![node], headers: Vec::new(), upgrades: Upgrades::default() }
+        self.relay.target(REGION)
     }
 
     /// Both know each other and keep the tunnel warm.
@@ -1115,6 +1150,16 @@ impl Relay {
         Self { port, shared, heard }
     }
 
+    fn target(&self, region: RegionId) -> LinkTarget {
+        let node = Node {
+            host_name: "127.0.0.1".to_owned(),
+            derp_port: self.port,
+            force_http: true,
+            ..Node::default()
+        };
+        LinkTarget { region, nodes: vec![node], headers: Vec::new(), upgrades: Upgrades::default() }
+    }
+
     fn cut(&self) {
         self.shared.orders.send(Order::Cut).unwrap();
     }
@@ -1173,10 +1218,11 @@ impl RelayShared {
         let shared = self.key.shared(&client);
         assert_eq!(kind, 2);
         shared.open_with_nonce(&body[32..]).unwrap();
+        // What is ordered once the client is up concerns it.
+        let mut orders = self.orders.subscribe();
         stream.write_all(&frame(3, &shared.seal_with_nonce(&random(), br#"{"version":2}"#))).await.ok()?;
         self.logins.fetch_add(1, Ordering::Relaxed);
         let (to_client, mut outgoing) = mpsc::channel::<Vec<u8>>(512);
-        let mut orders = self.orders.subscribe();
         self.clients.lock().unwrap().insert(client, to_client);
         let (mut read, mut write) = stream.into_split();
         let reader = async {
@@ -1187,12 +1233,13 @@ impl RelayShared {
         let writer = async {
             loop {
                 tokio::select! {
-                    Some(frame) = outgoing.recv() => write.write_all(&frame).await.ok()?,
+                    biased;
                     Ok(order) = orders.recv() => match order {
                         Order::Cut => return Some(()),
                         Order::FallSilent => std::future::pending().await,
                         Order::Inject(frames) => write.write_all(&frames).await.ok()?,
                     },
+                    Some(frame) = outgoing.recv() => write.write_all(&frame).await.ok()?,
                 }
             }
         };

@@ -99,6 +99,8 @@ pub(crate) struct Link {
     made: tokio::time::Instant,
     /// Microseconds since `made`: coarser, an answer would seem to be as old as its question.
     used: AtomicU64,
+    /// When something was sent elsewhere that may be answered through it.
+    expected: AtomicU64,
     heard: AtomicU64,
     complained: AtomicU64,
     probe: Notify,
@@ -119,6 +121,7 @@ impl Link {
             has_lost: AtomicBool::new(false),
             made: tokio::time::Instant::now(),
             used: AtomicU64::new(0),
+            expected: AtomicU64::new(0),
             heard: AtomicU64::new(0),
             complained: AtomicU64::new(0),
             probe: Notify::new(),
@@ -144,11 +147,11 @@ impl Link {
 
     /// How it stands.
     pub(crate) fn info(&self) -> LinkInfo {
-        let (now, Activity { heard, used }) = (self.now(), self.activity());
+        let now = self.now();
         LinkInfo {
             state: self.lock_state().clone(),
-            idle: now.saturating_sub(used),
-            silent: now.saturating_sub(heard),
+            idle: now.saturating_sub(since(&self.used)),
+            silent: now.saturating_sub(since(&self.heard)),
             forced_websocket: self.lock_fallback().as_ref().map(|it| it.reason.clone()),
         }
     }
@@ -220,6 +223,11 @@ impl Link {
         self.outgoing.send(to, packet)
     }
 
+    /// Something was sent elsewhere that may be answered through it: that it is silent is odd from now on.
+    pub(crate) fn expect(&self) {
+        self.expected.store(micros(self.now()), Ordering::Relaxed);
+    }
+
     /// Whether frames were lost; only once.
     pub(crate) fn take_lost(&self) -> bool {
         self.has_lost.swap(false, Ordering::Relaxed)
@@ -230,9 +238,8 @@ impl Link {
     }
 
     fn activity(&self) -> Activity {
-        let [heard, used] =
-            [&self.heard, &self.used].map(|at| Duration::from_micros(at.load(Ordering::Relaxed)));
-        Activity { heard, used }
+        let [heard, used, expected] = [&self.heard, &self.used, &self.expected].map(since);
+        Activity { heard, used: used.max(expected) }
     }
 
     /// Whether a problem may be logged: a relay that repeats itself must not fill the log.
@@ -545,6 +552,10 @@ async fn watch(link: &Link) -> Result<std::convert::Infallible, LinkError> {
     }
 }
 
+fn since(at: &AtomicU64) -> Duration {
+    Duration::from_micros(at.load(Ordering::Relaxed))
+}
+
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
@@ -566,6 +577,18 @@ mod tests {
         let ended = watch(&link).await;
         assert!(matches!(ended, Err(LinkError::Silent)));
         assert!((Duration::from_secs(5)..=Duration::from_secs(6)).contains(&begun.elapsed()));
+        assert_eq!(asked(&link), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_link_through_which_answers_are_expected_is_watched_and_no_less_idle() {
+        let link = link();
+        tokio::time::sleep(Duration::from_secs(30)).await;
+        link.expect();
+        assert_eq!(link.info().idle, Duration::from_secs(30));
+        let begun = tokio::time::Instant::now();
+        assert!(matches!(watch(&link).await, Err(LinkError::Silent)));
+        assert!(begun.elapsed() <= ANSWER_LIMIT + WATCH_PERIOD);
         assert_eq!(asked(&link), 1);
     }
 

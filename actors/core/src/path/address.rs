@@ -37,27 +37,17 @@ pub(super) fn probeable(addresses: &[SocketAddr], limit: usize) -> Vec<SocketAdd
 #[derive(Debug, Default)]
 pub(super) struct Recent<const N: usize>(VecDeque<SocketAddr>);
 
-/// What became of an address that was noted.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Noted {
-    /// It was there.
-    Known,
-    /// It was not; what had to make room for it.
-    New(Option<SocketAddr>),
-}
-
 impl<const N: usize> Recent<N> {
-    /// Makes an address the newest.
-    pub(super) fn note(&mut self, address: SocketAddr) -> Noted {
+    /// Makes an address the newest. Returns what had to make room for it.
+    pub(super) fn note(&mut self, address: SocketAddr) -> Option<SocketAddr> {
         if self.0.back() == Some(&address) {
-            return Noted::Known;
+            return None;
         }
-        let known = self.0.iter().position(|it| *it == address).and_then(|at| self.0.remove(at));
+        if let Some(at) = self.0.iter().position(|it| *it == address) {
+            self.0.remove(at);
+        }
         self.0.push_back(address);
-        match known {
-            Some(_) => Noted::Known,
-            None => Noted::New(if self.0.len() > N { self.0.pop_front() } else { None }),
-        }
+        if self.0.len() > N { self.0.pop_front() } else { None }
     }
 
     /// Forgets all, and gives them.

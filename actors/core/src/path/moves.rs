@@ -7,7 +7,6 @@ use std::{
 
 use super::{
     Direct, Effect, Lost, Measured, Number, Path, Pending, Standing, Why,
-    address::Noted,
     astray::Astray,
     better,
     calling::Telling,
@@ -219,11 +218,10 @@ impl Path {
         self.outbox.push(Pending::Ping { to: *to, at: now, number });
     }
 
-    /// Notes that an address is the peer's.
+    /// Notes that an address is the peer's. It is said each time: another peer may have been there meanwhile.
     pub(super) fn verify(&mut self, address: SocketAddr) {
-        let Noted::New(gone) = self.verified.note(address) else { return };
         self.push(Effect::Verified(address));
-        if let Some(gone) = gone {
+        if let Some(gone) = self.verified.note(address) {
             self.push(Effect::Forgotten(gone));
         }
     }

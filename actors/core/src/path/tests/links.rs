@@ -14,6 +14,21 @@ fn after_a_link_change_the_path_is_kept_and_has_to_answer_again() {
     assert_eq!(bench.route(), (Some(peer(1)), false));
 }
 
+/// tailnet-data 7.6: else it would drop the packet, whose source it does not know.
+#[test]
+fn where_nothing_was_sent_for_a_while_a_link_change_is_followed_by_a_ping_just_before_the_next_packet() {
+    let mut bench = Bench::direct();
+    for _ in 0..600 {
+        bench.pass(100 * MS);
+        bench.answer_all();
+    }
+    bench.take();
+    bench.path.handle_link_change(bench.now);
+    assert_eq!(pinged(&bench.taken()), [], "nobody asks");
+    assert_eq!(bench.route(), (Some(peer(1)), true));
+    assert_eq!(pinged(&bench.taken()), [peer(1)]);
+}
+
 #[test]
 fn when_our_address_changed_the_peer_is_made_to_leave_the_old_one() {
     for (new, expected) in [(own(2), true), (own(1), false)] {

@@ -53,7 +53,7 @@ fn the_receive_map_is_bounded_and_what_is_in_it_can_still_change_hands() {
 }
 
 #[test]
-fn an_address_is_verified_once_and_too_many_push_out_the_oldest() {
+fn an_address_is_the_peers_each_time_and_too_many_push_out_the_oldest() {
     let mut bench = Bench::ready(&[]);
     bench.take();
     let source = |n: usize| SocketAddr::from(([9, 9, 9, 9], 1 + u16::try_from(n).unwrap()));
@@ -63,7 +63,7 @@ fn an_address_is_verified_once_and_too_many_push_out_the_oldest() {
     }
     let effects = bench.taken();
     let verified = effects.iter().filter(|it| matches!(it, Effect::Verified(_))).count();
-    assert_eq!(verified, MAX_VERIFIED + 1);
+    assert_eq!(verified, 2 * (MAX_VERIFIED + 1), "another peer may have been there meanwhile");
     let forgotten: Vec<_> = effects.iter().filter(|it| matches!(it, Effect::Forgotten(_))).collect();
     assert_eq!(forgotten, [&Effect::Forgotten(source(0))]);
 }
