@@ -1,6 +1,8 @@
 //! The parts of a tunnel: actors, their runtime, and the data plane that outlives them.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
+#[cfg(test)]
+mod apart;
 pub mod coordinator;
 pub mod data_plane;
 pub mod dial;

@@ -18,6 +18,7 @@ use warren_proto::{key::random, stun::Response};
 
 use super::*;
 use crate::{
+    apart::skipped,
     dial::DialOptions,
     facts::RelayLink,
     relay::upgrade::Upgrades,
@@ -494,7 +495,7 @@ async fn two_peers_become_direct_over_ipv6_alone() {
     let world = World::new().await;
     let (mut a, mut b) = (world.direct_side(1), world.direct_side(2));
     if a.plane.local_ports().unwrap().v6.is_none() {
-        return println!("SKIPPED: this machine has no IPv6");
+        return skipped("two_peers_become_direct_over_ipv6_alone", "this machine has no IPv6");
     }
     let endpoint =
         |side: &Side| SocketAddr::from((Ipv6Addr::LOCALHOST, side.plane.local_ports().unwrap().v6.unwrap()));

@@ -1,5 +1,3 @@
-use std::{env, fs::OpenOptions, io::Write, process::Command};
-
 use rtnetlink::{
     LinkUnspec,
     packet_route::route::{RouteHeader, RouteScope},
@@ -8,6 +6,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use warren_core::network::{Change, is_inner};
 
 use super::*;
+use crate::apart::{Apart, is_apart};
 
 /// Generous: a loaded machine is no failure.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -24,7 +23,10 @@ async fn this_machine_has_a_loopback_interface() {
 
 #[tokio::test]
 async fn an_address_and_a_way_out_that_come_and_go_are_told() {
-    if !is_apart("an_address_and_a_way_out_that_come_and_go_are_told", Apart::InANetworkOfItsOwn) {
+    if !is_apart(
+        "interfaces::tests::an_address_and_a_way_out_that_come_and_go_are_told",
+        Apart::InANetworkOfItsOwn,
+    ) {
         return;
     }
     let (kernel, mut watcher) = (Kernel::connect(), Watcher::new().unwrap());
@@ -55,7 +57,10 @@ async fn an_address_and_a_way_out_that_come_and_go_are_told() {
 
 #[tokio::test]
 async fn what_nobody_outside_sees_is_not_told_and_hides_nothing() {
-    if !is_apart("what_nobody_outside_sees_is_not_told_and_hides_nothing", Apart::InANetworkOfItsOwn) {
+    if !is_apart(
+        "interfaces::tests::what_nobody_outside_sees_is_not_told_and_hides_nothing",
+        Apart::InANetworkOfItsOwn,
+    ) {
         return;
     }
     let (kernel, mut watcher) = (Kernel::connect(), Watcher::new().unwrap());
@@ -74,7 +79,10 @@ async fn what_nobody_outside_sees_is_not_told_and_hides_nothing() {
 
 #[tokio::test]
 async fn the_network_is_handed_over_at_first_and_after_each_change() {
-    if !is_apart("the_network_is_handed_over_at_first_and_after_each_change", Apart::InANetworkOfItsOwn) {
+    if !is_apart(
+        "interfaces::tests::the_network_is_handed_over_at_first_and_after_each_change",
+        Apart::InANetworkOfItsOwn,
+    ) {
         return;
     }
     let kernel = Kernel::connect();
@@ -94,7 +102,10 @@ async fn the_network_is_handed_over_at_first_and_after_each_change() {
 
 #[tokio::test(start_paused = true)]
 async fn a_network_that_cannot_be_watched_is_given_up_and_nothing_breaks() {
-    if !is_apart("a_network_that_cannot_be_watched_is_given_up_and_nothing_breaks", Apart::InAProcess) {
+    if !is_apart(
+        "interfaces::tests::a_network_that_cannot_be_watched_is_given_up_and_nothing_breaks",
+        Apart::InAProcess,
+    ) {
         return;
     }
     let limit = getrlimit(Resource::Nofile);
@@ -246,64 +257,4 @@ impl Kernel {
             RouteMessageBuilder::<Ipv4Addr>::new().scope(RouteScope::Link).output_interface(LO).build();
         self.handle.route().add(route).execute().await.unwrap();
     }
-}
-
-/// Where a test runs that would disturb others.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Apart {
-    /// In a process of its own.
-    InAProcess,
-    /// There, and in a network of its own, as its root.
-    InANetworkOfItsOwn,
-}
-
-const IS_APART: &str = "WARREN_TEST_IS_APART";
-
-/// Whether we are there already; if not, runs the test there.
-fn is_apart(test: &str, apart: Apart) -> bool {
-    if env::var_os(IS_APART).is_some() {
-        return true;
-    }
-    if apart == Apart::InANetworkOfItsOwn
-        && let Err(why) = try_namespace()
-    {
-        skipped(test, &why);
-        return false;
-    }
-    let this = env::current_exe().unwrap();
-    let mut command = match apart {
-        Apart::InAProcess => Command::new(this),
-        Apart::InANetworkOfItsOwn => {
-            let mut unshare = unshare();
-            unshare.arg(this);
-            unshare
-        }
-    };
-    let name = format!("interfaces::tests::{test}");
-    let output = command.args(["--exact", &name, "--nocapture"]).env(IS_APART, "1").output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout);
-    let complaints = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && said.contains("1 passed"), "{said}\n{complaints}");
-    false
-}
-
-/// A threaded process cannot enter a user namespace by itself.
-fn unshare() -> Command {
-    let mut command = Command::new("unshare");
-    command.args(["--user", "--map-root-user", "--net"]);
-    command
-}
-
-fn try_namespace() -> Result<(), String> {
-    match unshare().arg("true").output() {
-        Ok(output) if output.status.success() => Ok(()),
-        Ok(output) => Err(format!("no user namespace: {}", String::from_utf8_lossy(&output.stderr).trim())),
-        Err(error) => Err(format!("unshare (util-linux) is missing: {error}")),
-    }
-}
-
-/// Says past the harness's capture that something was not tested.
-fn skipped(what: &str, why: &str) {
-    let err = OpenOptions::new().append(true).open("/dev/stderr");
-    let _ = err.and_then(|mut err| writeln!(err, "\nSKIPPED {what}: {why}"));
 }

@@ -6,6 +6,7 @@ use rustix::net::sockopt::{Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
 use tokio::time::timeout;
 
 use super::*;
+use crate::apart::skipped;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -15,8 +16,8 @@ fn both_families_are_bound_at_one_port_and_take_only_their_own() {
     let ports = sockets.ports();
     assert_ne!(ports.v4, 0);
     let Some(v6) = &sockets.v6 else {
-        println!("SKIPPED in part: this machine has no IPv6");
-        return;
+        let test = "both_families_are_bound_at_one_port_and_take_only_their_own";
+        return skipped(test, "in part: this machine has no IPv6");
     };
     assert_eq!(ports.v6, Some(ports.v4));
     assert!(sockopt::ipv6_v6only(v6).unwrap());
@@ -79,7 +80,9 @@ async fn runs_arrive_whole_and_in_order_in_both_families() {
     let mut ways = vec![(&b.v4, SocketAddr::from((Ipv4Addr::LOCALHOST, b.ports().v4)))];
     match (&b.v6, b.ports().v6) {
         (Some(v6), Some(port)) => ways.push((v6, (Ipv6Addr::LOCALHOST, port).into())),
-        _ => println!("SKIPPED in part: this machine has no IPv6"),
+        _ => {
+            skipped("runs_arrive_whole_and_in_order_in_both_families", "in part: this machine has no IPv6");
+        }
     }
     for (socket, to) in ways {
         let mut runs = Runs::default();
