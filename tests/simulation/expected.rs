@@ -2,7 +2,7 @@
 
 use std::{ops::RangeInclusive, time::Instant};
 
-use super::{PAIRS, UNDER_WAY, peer::PeerId, world::World};
+use super::{UNDER_WAY, peer::PeerId, world::World};
 
 /// Packets that have to arrive.
 #[derive(Debug)]
@@ -44,7 +44,7 @@ impl Expected {
 
 /// Each packet that was sent since then, and has had the time to, has come, or waits for a session, or one knows why not.
 pub(crate) fn everything_is_accounted_for(world: &World, since: Instant) {
-    for (from, to) in PAIRS {
+    for (from, to) in world.pairs() {
         let unexplained = world.unexplained(from, to, since, world.now - UNDER_WAY);
         assert_eq!(unexplained, [0; 0], "nobody knows what became of these packets of {from:?}");
     }

@@ -169,6 +169,14 @@ impl World {
         (0..self.peers.len()).map(PeerId)
     }
 
+    /// Each with each other one that it knows: among reference peers each is a client of ours or an agent.
+    pub(crate) fn pairs(&self) -> Vec<(PeerId, PeerId)> {
+        let make = |id: PeerId| self.peers[id.0].make;
+        let all_are_both = self.ids().all(|id| make(id) == Make::Ours);
+        let knows = |(from, to): &(PeerId, PeerId)| from != to && (all_are_both || make(*from) != make(*to));
+        self.ids().flat_map(|from| self.ids().map(move |to| (from, to))).filter(knows).collect()
+    }
+
     /// Lets so much time pass.
     pub(crate) fn run(&mut self, span: Duration) {
         let end = self.now + span;

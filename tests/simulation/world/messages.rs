@@ -91,7 +91,7 @@ impl World {
                 self.peers[id.0].relay.prove(self.now);
                 self.at(PROOF_LIMIT, Event::Proof(id, self.now));
             }
-            Effect::Changed { from, to, why } => self.changed(id, from, to, why),
+            Effect::Changed { from, to: now_at, why } => self.changed((id, to), from, now_at, why),
             Effect::Verified(address) => self.peers[id.0].verify(address, to),
             Effect::Forgotten(address) => self.peers[id.0].forget(address, to),
         }
@@ -99,7 +99,13 @@ impl World {
 
     /// A peer of ours takes another way: once it had the time to notice what does not work any more, one that works, and
     /// no other instead of one that works.
-    fn changed(&mut self, id: PeerId, from: Option<SocketAddr>, to: Option<SocketAddr>, why: Why) {
+    fn changed(
+        &mut self,
+        (id, other): (PeerId, PeerId),
+        from: Option<SocketAddr>,
+        to: Option<SocketAddr>,
+        why: Why,
+    ) {
         self.seen.changes.push((self.now, id, to));
         if why == Why::Flapping {
             self.seen.let_be_at.insert(id, self.now);
@@ -109,7 +115,11 @@ impl World {
         }
         match to {
             Some(address) => {
-                assert!(self.who_answers(id, address).is_some(), "{id:?} takes {address}, which is dead");
+                assert_eq!(
+                    self.who_answers(id, address),
+                    Some(other),
+                    "{id:?} takes {address}, which is dead"
+                );
             }
             None if why == Why::Forbidden || !self.loses_nothing_by_chance() => {}
             None => {
