@@ -541,10 +541,11 @@ impl Plane {
     }
 
     /// The link by which a peer's answers come, if it is another than the one for packets to it: peers prefer our home
-    /// region, and we theirs.
+    /// region, and we theirs. One that is down and not our home any more is none.
     fn way_back(&self, peer: &Peer, there: &Link) -> Option<Arc<Link>> {
         let region = peer.answering_region().filter(|region| *region != there.region())?;
-        self.links.load().get(&region).cloned()
+        let is_home = region.0 == self.home.load(Ordering::Relaxed);
+        self.links.load().get(&region).filter(|link| link.is_up() || is_home).cloned()
     }
 
     /// The link for data to a peer. What is sent there may be answered by another link, which has to be alive as well.

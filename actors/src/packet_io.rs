@@ -127,22 +127,23 @@ impl PacketIo {
         state.endpoints.set_if_changed(list);
     }
 
-    /// Tells whom it concerns that the network is another. Who cannot be told is told at the next look.
+    /// Tells whom it concerns that the network is another. What is lost of that on its way is told again at the next
+    /// look.
     fn tell_change(&self, state: &mut State) {
-        let change = state.change();
-        // It tells everybody whom that concerns, us too: peers are made to leave addresses that we lose once the paths
-        // know why.
-        if change == Some(Change::Major)
-            && self.net.coordinator.try_send(coordinator::Message::Wake(Cause::Network)).is_ok()
-        {
-            return take_as_known(state);
-        }
-        if change == Some(Change::Minor) {
-            // The world may see us elsewhere as well. Without room it is being looked at.
-            let _ = self.net.relay.try_send(relay::Message::EndpointsWanted);
-        }
-        if change != Some(Change::Major) {
-            take_as_known(state);
+        match state.change() {
+            // It tells everybody whom that concerns, us at last, and only then it is known: peers are made to leave
+            // addresses that we lose once the paths know why.
+            Some(Change::Major) => {
+                if self.net.coordinator.try_send(coordinator::Message::Wake(Cause::Network)).is_ok() {
+                    return;
+                }
+            }
+            Some(Change::Minor) => {
+                // The world may see us elsewhere as well. Without room it is being looked at.
+                let _ = self.net.relay.try_send(relay::Message::EndpointsWanted);
+                take_as_known(state);
+            }
+            None => take_as_known(state),
         }
         self.tell_whereabouts(state);
     }
@@ -152,8 +153,8 @@ impl PacketIo {
     async fn bind_anew(&self, state: &mut State) {
         if let Ok(Ok(network)) = timeout(LIST_LIMIT, interfaces::list()).await {
             self.note_network(state, &network);
-            take_as_known(state);
         }
+        take_as_known(state);
         self.net.data_plane.link_changed();
         self.bind(state).await;
         self.tell_sockets(state);
@@ -401,12 +402,15 @@ mod tests {
         let mut state = part.start(&context).await.unwrap();
         part.handle(&context, &mut state, Message::Network(here)).await.unwrap();
         let mut coordinator = ears(&net.coordinator).await;
-        for _ in 0..2 {
-            part.handle(&context, &mut state, Message::Look).await.unwrap();
+        // Until it has come back to us it may have been lost.
+        for message in [Message::Look, Message::Look, Message::NetworkChanged, Message::Look] {
+            part.handle(&context, &mut state, message).await.unwrap();
         }
-        let wake = coordinator.recv().await.unwrap();
-        assert!(matches!(wake, coordinator::Message::Wake(Cause::Network)), "{wake:?}");
-        assert!(coordinator.try_recv().is_err(), "it is told once");
+        net.coordinator.try_send(coordinator::Message::Wake(Cause::Manager)).unwrap();
+        for expected in [Cause::Network, Cause::Network, Cause::Manager] {
+            let wake = coordinator.recv().await.unwrap();
+            assert!(matches!(wake, coordinator::Message::Wake(cause) if cause == expected), "{wake:?}");
+        }
     }
 
     /// Fails when it is asked next.
@@ -436,13 +440,19 @@ mod tests {
         maker.0.store(true, Ordering::Relaxed);
         part.handle(&context, &mut state, Message::NetworkChanged).await.unwrap();
         assert_eq!((net.data_plane.local_ports(), net.endpoints.get().len()), (None, 0));
-        assert!(matches!(relay.recv().await, Some(relay::Message::SocketsBound)));
         for _ in 0..2 {
             part.handle(&context, &mut state, Message::Look).await.unwrap();
         }
         assert_eq!(net.data_plane.local_ports().map(|ports| ports.v4), Some(port));
-        assert!(matches!(relay.recv().await, Some(relay::Message::SocketsBound)));
-        assert!(relay.try_recv().is_err(), "sockets that are there are left alone");
+        net.relay.try_send(relay::Message::EndpointsWanted).unwrap();
+        for _ in 0..2 {
+            assert!(matches!(relay.recv().await, Some(relay::Message::SocketsBound)));
+        }
+        let last = relay.recv().await;
+        assert!(
+            matches!(last, Some(relay::Message::EndpointsWanted)),
+            "sockets that are there are left alone: {last:?}"
+        );
     }
 
     /// A network that is not this machine's.

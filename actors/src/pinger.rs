@@ -94,6 +94,8 @@ pub struct State {
     alarm: Alarm,
     counters: Counters,
     silent: Silent,
+    /// Who answered when the machine woke up, or the network changed, and is there still.
+    missed: BTreeSet<Uuid>,
 }
 
 /// Agents whose silence was logged: each is told of once until it answers again.
@@ -127,6 +129,7 @@ impl Part for Pinger {
             alarm: Alarm::default(),
             counters: Counters::new(),
             silent: Silent::default(),
+            missed: BTreeSet::new(),
         };
         state.set_alarm(context);
         Ok(state)
@@ -143,7 +146,8 @@ impl Part for Pinger {
             Message::PeersChanged => {
                 let map = self.net.network_map.get();
                 state.silent.0.retain(|agent| map.peers.contains_key(agent));
-                if map.peers.is_empty() {
+                state.missed.retain(|agent| map.peers.contains_key(agent));
+                if state.missed.is_empty() {
                     self.net.recovery.give_up(Plane::Data);
                 }
                 for waiter in state.pings.set_peers(now, &map) {
@@ -156,7 +160,9 @@ impl Part for Pinger {
             Message::PathUp => state.pings.handle_path_up(now),
             Message::Woken => {
                 // What did not get through before is not waited for.
-                if state.pings.is_any_answering() {
+                let answering: BTreeSet<Uuid> = state.pings.answering().collect();
+                if !answering.is_empty() {
+                    state.missed = answering;
                     self.net.recovery.begin(Plane::Data, now);
                 }
                 state.pings.handle_wake(now);
@@ -394,8 +400,10 @@ mod tests {
         setting.hear(Message::Pong(pong([8; 12]))).await;
         setting.hear(Message::Woken).await;
         assert_eq!(net.recovery.waits_for(), [Plane::Data]);
-        setting.set_peers(&[]).await;
-        assert_eq!(net.recovery.waits_for(), [], "nobody is left");
+        setting.set_peers(&[1, 2]).await;
+        assert_eq!(net.recovery.waits_for(), [Plane::Data]);
+        setting.set_peers(&[2]).await;
+        assert_eq!(net.recovery.waits_for(), [], "nobody is left who answered");
     }
 
     #[tokio::test]

@@ -360,7 +360,7 @@ fn everything_comes_after(world: &mut World, notice: Duration, span: Duration) {
     let begin = world.now;
     world.run(span);
     everything_is_accounted_for(world, begin);
-    for (from, to) in PAIRS {
+    for (from, to) in world.pairs() {
         let until = world.now - Duration::from_millis(100);
         Expected::sent(world, from, to, begin + notice, until).have_come(world);
     }
@@ -423,6 +423,24 @@ fn a_translator_that_starts_anew_and_shows_a_peer_elsewhere_costs_a_second() {
         assert!(are_direct(&world));
         happen(&mut world, &Change::RestartNat { site: 1 });
         everything_comes_after(&mut world, SECOND, Duration::from_secs(20));
+    }
+}
+
+/// The address that both had inside is outside the one's who sends first after their translator started anew.
+#[test]
+fn of_two_neighbours_each_is_heard_again_at_an_address_that_the_other_had_meanwhile() {
+    let neighbours = Story { has_third: true, ..Story::quiet([Make::Ours; 2], [None, Some(Kind::FullCone)]) };
+    let mut world = neighbours.begin();
+    world.run(Duration::from_secs(20));
+    for first in [1, 2, 1, 2, 1] {
+        world.ids().for_each(|id| world.set_traffic(id, (id.0 == first).then_some(PACE)));
+        world.restart_nat(1);
+        world.run(SECOND);
+        world.ids().for_each(|id| world.set_traffic(id, Some(PACE)));
+        everything_comes_after(&mut world, SECOND, Duration::from_secs(20));
+        for (from, to) in world.pairs() {
+            assert!(is_direct(&world, from, to), "{from:?} to {to:?}, {first} came first");
+        }
     }
 }
 

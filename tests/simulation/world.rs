@@ -88,8 +88,10 @@ pub(crate) struct Seen {
     pub(crate) busiest_second: Vec<u64>,
     /// Whenever a peer of ours took another way: when, and which address; none is the relay.
     pub(crate) changes: Vec<(Instant, PeerId, Option<SocketAddr>)>,
-    /// When each let direct paths be last, since they flapped.
-    let_be_at: BTreeMap<PeerId, Instant>,
+    /// When each let direct paths to another be last, since they flapped.
+    let_be_at: BTreeMap<(PeerId, PeerId), Instant>,
+    /// Whether the last ping of each to an address of another could be answered.
+    pinged: BTreeMap<(PeerId, PeerId, SocketAddr), bool>,
 }
 
 /// A world.
@@ -135,7 +137,8 @@ impl World {
             places.iter().map(|_| NodePrivate::from_bytes(chance.random())).collect();
         let peer = |(index, (_, site, families)): (usize, &(Make, usize, Families))| {
             let host = network.add_host(*site, *families);
-            Peer::new(now, PeerId(index), &keys, &makes, host, 41641 + index as u16)
+            // One port for neighbours: who comes first has it at their translator, too.
+            Peer::new(now, PeerId(index), &keys, &makes, host, 41641 + *site as u16)
         };
         let peers: Vec<Peer> = places.iter().enumerate().map(peer).collect();
         let mut world = Self {
@@ -323,8 +326,12 @@ impl World {
         let Some(id) = self.ids().find(|id| self.peers[id.0].host == at) else { return };
         let is_open = self.peers[id.0].port == to.port();
         match payload {
-            Packet::Said { from: sender, said, .. } if is_open => {
+            Packet::Said { from: sender, to: meant, said } if is_open && meant == id => {
                 self.hear(id, sender, Via::Direct(from), said);
+            }
+            // Sealed for a neighbour, whose address it has become.
+            Packet::Said { from: sender, to: meant, said } if is_open => {
+                self.lose(sender, meant, &said, Loss::UnknownPeer);
             }
             Packet::Said { from: sender, to: meant, said } => {
                 self.lose(sender, meant, &said, Loss::Closed);

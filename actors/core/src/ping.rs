@@ -185,9 +185,9 @@ impl<W> Pings<W> {
         }
     }
 
-    /// Whether any agent answers, as far as is known.
-    pub fn is_any_answering(&self) -> bool {
-        self.agents.values().any(|agent| agent.is_answering)
+    /// The agents that answer, as far as is known.
+    pub fn answering(&self) -> impl Iterator<Item = Uuid> {
+        self.agents.iter().filter(|(_, agent)| agent.is_answering).map(|(id, _)| *id)
     }
 
     /// Pings one agent at once; `reply` comes back with its answer, or when `until` has passed.

@@ -219,6 +219,7 @@ async fn the_relay_by_which_answers_come_is_watched_too_although_nothing_is_sent
     b.read_packet().await;
     b.device.send(&packet(&b, &a, 100)).await.unwrap();
     a.read_packet().await;
+    a.plane.prefer_link(HOME);
     let peer = a.plane.plane.peers.by_key(&b.key).unwrap();
     assert_eq!((peer.settings().home, peer.answering_region()), (REGION, Some(HOME)));
     assert_eq!(a.plane.plane.relay_stands(&peer).await, RelayStands::Alive);

@@ -83,7 +83,11 @@ impl World {
 
     fn effect(&mut self, id: PeerId, to: PeerId, effect: Effect) {
         match effect {
-            Effect::Ping { to: address, txid } => self.send(id, address, to, Said::Ping(txid)),
+            Effect::Ping { to: address, txid } => {
+                self.send(id, address, to, Said::Ping(txid));
+                let is_there = self.who_answers(id, address) == Some(to);
+                self.seen.pinged.insert((id, to, address), is_there);
+            }
             Effect::RelayPing { txid } => self.relay(id, to, Said::Ping(txid)),
             Effect::CallMeMaybe(endpoints) => self.relay(id, to, Said::CallMeMaybe(endpoints)),
             Effect::RefreshEndpoints => self.look_for_addresses(id),
@@ -108,7 +112,7 @@ impl World {
     ) {
         self.seen.changes.push((self.now, id, to));
         if why == Why::Flapping {
-            self.seen.let_be_at.insert(id, self.now);
+            self.seen.let_be_at.insert((id, other), self.now);
         }
         if self.now <= self.changed_at + STEADY_AFTER {
             return;
@@ -123,11 +127,12 @@ impl World {
             }
             None if why == Why::Forbidden || !self.loses_nothing_by_chance() => {}
             None => {
-                // Who lets direct paths be answers nobody.
-                let at = |other| self.seen.let_be_at.get(&other).copied();
-                let lets_be = |other| at(other).is_some_and(|at| self.now < at + LONGEST_BAR);
-                let other = from.and_then(|from| self.who_answers(id, from));
-                let was_dead = other.is_none_or(lets_be);
+                // Who lets direct paths be answers nobody. That it works since the last ping nobody can know yet.
+                let at = self.seen.let_be_at.get(&(other, id));
+                let lets_be = at.is_some_and(|at| self.now < *at + LONGEST_BAR);
+                let works = |from| self.who_answers(id, from) == Some(other);
+                let could_answer = |from| self.seen.pinged.get(&(id, other, from)) != Some(&false);
+                let was_dead = lets_be || !from.is_some_and(|from| works(from) && could_answer(from));
                 let carries = self.peers[id.0].relay.carries();
                 assert!(was_dead || carries, "{id:?} leaves {from:?} for a relay that is dead: {why:?}");
             }
