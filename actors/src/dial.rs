@@ -31,7 +31,7 @@ mod counted;
 mod error;
 mod origin;
 mod proxy;
-mod race;
+pub(crate) mod race;
 mod tls;
 
 pub use client::ClientCertificate;

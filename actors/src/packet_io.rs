@@ -100,8 +100,6 @@ pub struct State {
     known: CellWriter<Option<Network>>,
     families: CellWriter<Families>,
     endpoints: CellWriter<Vec<SocketAddr>>,
-    /// Whether it was said that there are no sockets at the moment.
-    is_unbound: bool,
 }
 
 impl State {
@@ -156,24 +154,24 @@ impl PacketIo {
         }
         take_as_known(state);
         self.net.data_plane.link_changed();
-        self.bind(state).await;
+        self.bind().await;
         self.tell_sockets(state);
     }
 
-    /// Binds the sockets anew, if there are to be any. Returns whether there are.
-    async fn bind(&self, state: &mut State) -> bool {
+    /// Binds the sockets anew, if there are to be any. Returns whether that was done.
+    async fn bind(&self) -> bool {
+        let was_unbound = self.net.data_plane.lacks_sockets();
         let failure = match self.net.data_plane.rebind().await {
             Ok(_) | Err(RebindError::NoSockets) => None,
             Err(error) => Some(error),
         };
         match &failure {
-            Some(error) if !state.is_unbound => {
+            Some(error) if !was_unbound => {
                 tracing::warn!(%error, "the sockets for direct paths cannot be bound anew; everything is relayed until they can");
             }
-            None if state.is_unbound => tracing::info!("the sockets for direct paths are bound again"),
+            None if was_unbound => tracing::info!("the sockets for direct paths are bound again"),
             Some(_) | None => {}
         }
-        state.is_unbound = failure.is_some();
         failure.is_none()
     }
 
@@ -217,7 +215,9 @@ fn take_as_known(state: &mut State) {
         tracing::info!("the network has changed");
         counter!(names::NETWORK_CHANGES).increment(1);
     }
-    state.known.set_if_changed(state.network.clone());
+    if state.network.is_some() {
+        state.known.set_if_changed(state.network.clone());
+    }
 }
 
 impl Part for PacketIo {
@@ -240,7 +240,7 @@ impl Part for PacketIo {
             // A part that is down looks anew when it is back.
             async move { me.send(Message::Network(network)).await.unwrap_or_default() }
         }));
-        Ok(State { whereabouts, network: None, known, families, endpoints, is_unbound: false })
+        Ok(State { whereabouts, network: None, known, families, endpoints })
     }
 
     async fn handle(
@@ -272,7 +272,7 @@ impl Part for PacketIo {
                 if state.change() == Some(Change::Major) {
                     self.tell_change(state);
                 }
-                if self.net.data_plane.lacks_sockets() && self.bind(state).await {
+                if self.net.data_plane.lacks_sockets() && self.bind().await {
                     self.tell_sockets(state);
                 }
             }

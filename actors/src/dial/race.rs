@@ -31,25 +31,33 @@ pub(super) fn interleave(addresses: &[IpAddr], port: u16) -> Vec<SocketAddr> {
 
 /// Connects to the first address that answers. If none does, the first failure is told.
 pub(super) async fn connect(addresses: &[SocketAddr]) -> io::Result<TcpStream> {
-    let mut waiting = addresses.iter();
+    let attempts = addresses.iter().map(|address| TcpStream::connect(*address)).collect();
+    first(attempts, STAGGER).await.unwrap_or_else(|| Err(io::ErrorKind::AddrNotAvailable.into()))
+}
+
+/// The first success. Each attempt begins when the one before has failed, or has not succeeded for so long. If none
+/// succeeds, the first failure is told; without attempts there is nothing.
+pub(crate) async fn first<T, E>(
+    attempts: Vec<impl Future<Output = Result<T, E>>>,
+    stagger: Duration,
+) -> Option<Result<T, E>> {
+    let mut waiting = attempts.into_iter();
     let mut attempts = FuturesUnordered::new();
     let mut failure = None;
     loop {
-        if let Some(address) = waiting.next() {
-            attempts.push(TcpStream::connect(*address));
-        }
+        attempts.extend(waiting.next());
         let answered = if waiting.len() == 0 {
             attempts.next().await
         } else {
             tokio::select! {
                 answered = attempts.next().fuse() => answered,
-                () = sleep(STAGGER) => continue,
+                () = sleep(stagger) => continue,
             }
         };
         match answered {
-            Some(Ok(stream)) => return Ok(stream),
+            Some(Ok(success)) => return Some(Ok(success)),
             Some(Err(error)) => failure = failure.or(Some(error)),
-            None => return Err(failure.unwrap_or_else(|| io::ErrorKind::AddrNotAvailable.into())),
+            None => return failure.map(Err),
         }
     }
 }

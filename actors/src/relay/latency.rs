@@ -7,12 +7,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::{
-    StreamExt,
-    stream::{self, FuturesUnordered},
-};
+use futures::{StreamExt, stream};
 use http::{HeaderValue, header};
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 use warren_core::{
     home::{RegionLatency, Report},
     netcheck::RUN_LIMIT,
@@ -20,7 +17,7 @@ use warren_core::{
 };
 
 use super::request::{self, Headers, RequestError};
-use crate::dial::Dialer;
+use crate::dial::{Dialer, race::first};
 
 /// For all regions together, from dialling to the first byte of the last answer: within a run of netcheck.
 const LIMIT: Duration = Duration::from_millis(1900);
@@ -93,29 +90,17 @@ pub(super) async fn measure<F>(
     }
 }
 
+/// By the first of its relays that answers.
 async fn measure_region(dialer: &Dialer, probe: &Probe) -> Option<RegionLatency> {
-    timeout(LIMIT, measure_nodes(dialer, probe)).await.unwrap_or(None)
-}
-
-/// By the first relay of the region that answers.
-async fn measure_nodes(dialer: &Dialer, probe: &Probe) -> Option<RegionLatency> {
-    let mut waiting = probe.nodes.iter();
-    let mut attempts = FuturesUnordered::new();
-    loop {
-        if let Some(node) = waiting.next() {
-            attempts.push(measure_node(dialer, node, &probe.headers));
-        }
-        let has_next = waiting.len() > 0;
-        tokio::select! {
-            answer = attempts.next() => match answer {
-                Some(Ok(Some(latency))) => return Some(latency),
-                Some(Ok(None)) => {}
-                Some(Err(error)) => tracing::debug!(region = %probe.region, %error, "a relay was not measured"),
-                None => return None,
-            },
-            () = sleep(NEXT_AFTER), if has_next => {}
-        }
-    }
+    let attempts = probe.nodes.iter().map(|node| async move {
+        let measured = measure_node(dialer, node, &probe.headers).await;
+        let measured = measured.inspect_err(|error| {
+            tracing::debug!(region = %probe.region, %error, "a relay was not measured");
+        });
+        measured.ok().flatten().ok_or(())
+    });
+    let attempts = attempts.collect();
+    timeout(LIMIT, first(attempts, NEXT_AFTER)).await.ok()??.ok()
 }
 
 async fn measure_node(
